@@ -1,0 +1,45 @@
+"""Distil any transformer into a smaller one through its attention, whatever the head counts.
+
+The core needs torch alone. What needs more is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from squeezeheads.attention import AttentionRecord
+from squeezeheads.divergence import attention_divergence
+from squeezeheads.pairing import pair_layers
+from squeezeheads.recording import AttentionRecording, RecordingError, record_attention
+from squeezeheads.squeezing import attention_energy, calibrate_groups, group_heads, mixing_matrix, squeezing_residual
+
+if TYPE_CHECKING:
+    from squeezeheads.trainer import SqueezeTrainer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AttentionRecord",
+    "AttentionRecording",
+    "Distillation",
+    "RecordingError",
+    "SqueezeTrainer",
+    "attention_divergence",
+    "attention_energy",
+    "calibrate_groups",
+    "group_heads",
+    "mixing_matrix",
+    "pair_layers",
+    "record_attention",
+    "squeezed_attention_loss",
+    "squeezing_residual",
+]
+
+_LAZY = {"SqueezeTrainer": "squeezeheads.trainer"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,85 @@
+"""How far a student's attention is from the squeezed attention of its teacher: one meaning, several implementations."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from squeezeheads.attention import AttentionRecord, check_rows
+from squeezeheads.divergence.reference import reference_divergence
+from squeezeheads.divergence.tiled import tiled_divergence
+
+__all__ = ["attention_divergence", "reference_divergence", "tiled_divergence"]
+
+_IMPLEMENTATIONS = {"reference": reference_divergence, "tiled": tiled_divergence}
+_REDUCTIONS = ("mean", "sum", "none")
+
+
+def attention_divergence(
+    student_record: AttentionRecord,
+    teacher_record: AttentionRecord,
+    mix: Tensor,
+    *,
+    rows: Tensor | None = None,
+    temperature: float = 1.0,
+    reduction: str = "mean",
+    implementation: str = "auto",
+) -> Tensor:
+    """``KL(P ‖ Q)`` between the squeezed teacher maps ``P = mix · A`` and the student's maps ``Q``.
+
+    A key counts for a row only if the student and a teacher head that serves it may attend to it (causality, windows,
+    padding of both); ``P`` and ``Q`` are renormalised on that common support. A row without any such key, or to whose
+    common keys the teacher gives no mass at all (less than float32 can hold), has weight 0.
+
+    Args:
+        student_record: (B, S, Q, D) queries, any key/value heads. The gradient flows to its query and key, and to its
+            attention mask where that is a learned bias.
+        teacher_record: (B, T, Q, D'), its own head width and key/value heads. No gradient.
+        mix: (B, S, T) from ``mixing_matrix``; rows non-negative, summing to 1. No gradient.
+        rows: (B, Q), bool or weights: the query rows that count. ``None`` counts all.
+        temperature: both models' scores are divided by it before their softmax; teacher heads are mixed after it.
+        reduction: ``"mean"``: Σ weight · KL / Σ weight over valid rows and student heads, in nats per valid row and
+            head, 0 where no row is valid; ``"sum"``: its numerator; ``"none"``: (B, S, Q), nats, unweighted, 0 at rows
+            that do not count.
+        implementation: ``"tiled"`` never holds a map outside a tile of rows; ``"reference"`` is dense and plain, for
+            tests. ``"auto"`` is ``"tiled"``.
+
+    Returns:
+        A scalar (or (B, S, Q)), float32; float64 for float64 records.
+
+    Raises:
+        ValueError: shapes that do not fit together (both are named), an unknown option, a temperature that is not
+            positive.
+        RuntimeError: a second derivative is asked of the tiled implementation.
+
+    Source: SHD, arXiv 2502.07436 (KL between squeezed and student maps); METHOD §4 (direction, average, support, gradient).
+    """
+    name = "tiled" if implementation == "auto" else implementation
+    if name not in _IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r} is unknown: expected auto, {', '.join(_IMPLEMENTATIONS)}.")
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction={reduction!r} is unknown: expected one of {', '.join(_REDUCTIONS)}.")
+    if not temperature > 0:
+        raise ValueError(f"temperature={temperature!r}: expected a positive number.")
+    _check_fit(student_record, teacher_record, mix)
+    weights = check_rows(rows, student_record)
+    return _IMPLEMENTATIONS[name](student_record, teacher_record, mix.detach(), weights, temperature, reduction)
+
+
+def _check_fit(student: AttentionRecord, teacher: AttentionRecord, mix: Tensor) -> None:
+    theirs = f"student {student.name!r} and teacher {teacher.name!r}"
+    if student.query.shape[0] != teacher.query.shape[0]:
+        raise ValueError(
+            f"{theirs} saw batches of {student.query.shape[0]} and {teacher.query.shape[0]} samples: both must be run "
+            "on the same batch."
+        )
+    mine, other = ((r.num_queries, r.num_keys) for r in (student, teacher))
+    if mine != other:
+        raise ValueError(
+            f"{theirs} compare different tokens: {mine[0]} queries × {mine[1]} keys against {other[0]} × {other[1]}. "
+            "Their maps can only be compared token by token: use the same input size, patch size and special tokens."
+        )
+    expected = (student.query.shape[0], student.num_heads, teacher.num_heads)
+    if tuple(mix.shape) != expected:
+        raise ValueError(f"mix has shape {tuple(mix.shape)}, expected (B, S, T) = {expected} for {theirs}.")
+    if student.query.device != teacher.query.device:
+        raise ValueError(f"{theirs} are on different devices: {student.query.device} and {teacher.query.device}.")

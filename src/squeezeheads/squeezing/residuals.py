@@ -1,0 +1,216 @@
+"""What is lost when a group of heads shares one map, as quadratic forms that one pass over row tiles collects.
+
+For a group of ``k`` heads with maps ``A_i`` and value-output circuits ``X_i = V_i W_i`` the loss of giving all of them
+the map ``Σ_i w_i A_i`` (``w`` convex) is ``‖Σ_i A_i X_i − Σ_i w_i A_i Y‖²`` with ``Y = Σ_l X_l`` (METHOD §3). Because the
+weights sum to 1, it does not change when one map is subtracted from all: with ``D_i = A_i − A_0`` it is
+
+    ‖Σ_{i≥1, l} c_il D_i X_l‖² = cᵀ G c,   c_il = [i = l] − w_i,   G = Gram matrix of the D_i X_l
+
+so everything that a solver asks for is a quadratic form of ``G``. Differences are formed before products: no cancellation
+between nearly equal heads, and a value bias, the same for every row, drops out.
+
+The width ``E`` of the model is never formed: the slices ``W_l`` of the group are replaced by the rows of the L of their
+LQ factorisation, an isometry that keeps every inner product (METHOD §3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from squeezeheads.attention import AttentionRecord, check_rows, compute_dtype, take_heads
+from squeezeheads.tiling import TILE_BYTES, tiles
+
+HeadGroups = tuple[tuple[int, ...], ...]
+"""Teacher heads (counted from 0) of each student head."""
+
+def check_groups(groups: Sequence[Sequence[int]], num_heads: int, name: str) -> HeadGroups:
+    """``groups`` as tuples of ints.
+
+    Raises:
+        ValueError: an empty group, or a head that the teacher does not have.
+    """
+    checked = tuple(tuple(int(h) for h in group) for group in groups)
+    if not checked:
+        raise ValueError(f"groups is empty: expected the teacher heads of each student head for {name!r}.")
+    for index, group in enumerate(checked):
+        if not group or len(set(group)) != len(group) or not all(0 <= h < num_heads for h in group):
+            raise ValueError(
+                f"groups[{index}] = {group} does not fit {name!r}: expected one or more different heads from "
+                f"0 to {num_heads - 1}. group_heads({num_heads}, student_heads) makes such groups."
+            )
+    return checked
+
+
+def require_values(record: AttentionRecord, purpose: str) -> tuple[Tensor, Tensor]:
+    """``(value, output_weight)`` of a record.
+
+    Raises:
+        ValueError: one of them is not known; says which weights modes work without.
+    """
+    value, weight = record.value, record.output_weight
+    if value is None or weight is None:
+        missing = "values" if value is None else "output projection"
+        raise ValueError(
+            f"{purpose} needs the value-output circuits of {record.name!r}, but its {missing} is not known. "
+            "weights='mean' works without; or name the projection: "
+            f"record_attention(model, output_projections={{{record.name!r}: '<path of the output projection>'}})."
+        )
+    expected = (record.num_heads, value.shape[-1])
+    if weight.dim() != 3 or tuple(weight.shape[:2]) != expected:
+        raise ValueError(
+            f"output_weight of {record.name!r} has shape {tuple(weight.shape)}, expected (H, Dv, E) = "
+            f"({expected[0]}, {expected[1]}, E)."
+        )
+    return value, weight
+
+
+def difference_grams(
+    record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None, tile_bytes: int = TILE_BYTES
+) -> list[Tensor]:
+    """Gram matrices of the ``D_i X_l`` of each group, summed over query rows. No gradient.
+
+    Args:
+        rows: (B, Q) weights of the query rows, or ``None``; padding rows must not count.
+
+    Returns:
+        One (B, (k−1)·k, (k−1)·k) float64 tensor a group, order ``(i − 1)·k + l``; empty for single heads.
+    """
+    value, weight = require_values(record, "the residual of a group")
+    batch = record.query.shape[0]
+    row_weights = check_rows(rows, record)
+    grams: list[Tensor] = []
+    for group in groups:
+        k = len(group)
+        vectors = (k - 1) * k
+        gram = torch.zeros(batch, vectors, vectors, dtype=torch.float64, device=record.query.device)
+        grams.append(gram)
+        if k == 1:
+            continue
+        circuits = _Circuits(record, value, weight, group)
+        for samples, tile in tiles(batch, record.num_queries, 4 * k * record.num_keys, tile_bytes):
+            keys = record.visible_keys(tile)
+            with torch.autocast(record.query.device.type, enabled=False):
+                maps = record.map_tile(samples, group, tile, keys)
+                # (b, k−1, r, K) differences → (b, k−1, k, r, w) vectors → (b, (k−1)·k, r·w)
+                features = circuits.write(maps[:, 1:] - maps[:, :1], samples, keys)
+                if row_weights is not None:
+                    features = features * row_weights[samples, tile].sqrt()[:, None, None, :, None]
+                flat = features.flatten(3).flatten(1, 2)
+                gram[samples] += (flat @ flat.transpose(1, 2)).double()
+    return grams
+
+
+def value_grams(record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None) -> list[Tensor]:
+    """Gram matrices of the ``X_l`` themselves, summed over the keys that a counted row may attend to.
+
+    Returns:
+        One (B, k, k) float64 tensor a group.
+    """
+    value, weight = require_values(record, "weights='values'")
+    seen = attended_keys(record, rows).to(compute_dtype(record.query))
+    grams = []
+    for group in groups:
+        circuits = _Circuits(record, value, weight, group)
+        with torch.autocast(record.query.device.type, enabled=False):
+            features = circuits.values(slice(None)) * seen[:, None, :, None]
+            flat = features.flatten(2)
+            grams.append((flat @ flat.transpose(1, 2)).double())
+    return grams
+
+
+def attention_energy(record: AttentionRecord, rows: Tensor | None = None) -> Tensor:
+    """``‖Σ_i A_i X_i‖²``: what the layer writes to the residual stream, biases aside. The yardstick of residuals.
+
+    Args:
+        rows: (B, Q) bool or weights; padding rows must not count.
+
+    Returns:
+        (B,) float64.
+    """
+    value, weight = require_values(record, "the energy of a layer")
+    row_weights = check_rows(rows, record)
+    heads = tuple(range(record.num_heads))
+    batch = record.query.shape[0]
+    energy = torch.zeros(batch, dtype=torch.float64, device=record.query.device)
+    dtype = compute_dtype(record.query)
+    values = take_heads(value, [record.key_value_head(h) for h in heads]).to(dtype)
+    merged = weight.to(dtype).flatten(0, 1)
+    with torch.no_grad(), torch.autocast(record.query.device.type, enabled=False):
+        for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys):
+            keys = record.visible_keys(tile)
+            maps = record.map_tile(samples, heads, tile, keys)
+            written = (maps @ values[samples, :, keys]).transpose(1, 2).flatten(2) @ merged
+            squares = written.square().sum(-1)
+            energy[samples] += (squares if row_weights is None else squares * row_weights[samples, tile]).sum(-1)
+    return energy
+
+
+def attended_keys(record: AttentionRecord, rows: Tensor | None) -> Tensor:
+    """(B, K) bool: the keys that at least one counted query row may attend to, through any head."""
+    batch, device = record.query.shape[0], record.query.device
+    counted = torch.ones(batch, record.num_queries, dtype=torch.bool, device=device)
+    row_weights = check_rows(rows, record)
+    if row_weights is not None:
+        counted = row_weights > 0
+    seen = torch.zeros(batch, record.num_keys, dtype=torch.bool, device=device)
+    heads = tuple(range(record.num_heads))
+    for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys):
+        keys = record.visible_keys(tile)
+        allowed, _ = record.mask_tile(samples, heads, tile, keys)
+        counts = counted[samples, tile]
+        if allowed is None:
+            seen[samples, keys] |= counts.any(-1, keepdim=True)
+        else:
+            seen[samples, keys] |= (allowed.any(1) & counts[..., None]).any(1)
+    return seen
+
+
+class _Circuits:
+    """The value-output circuits of a group of heads, in the narrow coordinates of the LQ factor."""
+
+    def __init__(self, record: AttentionRecord, value: Tensor, weight: Tensor, group: Sequence[int]) -> None:
+        kv = [record.key_value_head(h) for h in group]
+        self._distinct = sorted(set(kv))  # grouped queries share values: multiply them once
+        self._position = [self._distinct.index(h) for h in kv]
+        # (B, K, u·Dv): the distinct values side by side, so that one product serves all of them
+        self._values = take_heads(value, self._distinct).to(compute_dtype(record.query)).transpose(1, 2).flatten(2)
+        self._width = value.shape[-1]
+        self._isometry = isometry(weight, tuple(group)).to(self._values.dtype)  # (k, Dv, w)
+
+    def write(self, maps: Tensor, samples: slice, keys: slice) -> Tensor:
+        """(b, n, r, K) maps → (b, n, k, r, w): each map applied to each head's circuit."""
+        read = maps @ self._values[samples, None, keys]  # (b, n, r, u·Dv)
+        return torch.stack([self._circuit(read, i) for i in range(len(self._position))], dim=2)
+
+    def values(self, samples: slice) -> Tensor:
+        """(b, k, K, w): the circuits ``X_l`` themselves."""
+        read = self._values[samples]
+        return torch.stack([self._circuit(read, i) for i in range(len(self._position))], dim=1)
+
+    def _circuit(self, read: Tensor, index: int) -> Tensor:
+        start = self._position[index] * self._width
+        return read[..., start : start + self._width] @ self._isometry[index]
+
+
+def isometry(weight: Tensor, group: tuple[int, ...]) -> Tensor:
+    """Stand-ins (k, Dv, w), ``w = min(k·Dv, E)``, for the slices ``W_l`` of a group: every ``W_l W_mᵀ`` is the same.
+
+    The transposed slices are stacked, QR-factored, and R keeps all inner products (METHOD §3). Kept per weight: the
+    teacher is frozen.
+    """
+    kept = _isometries.setdefault(weight, {})
+    key = (group, weight._version)
+    if key not in kept:
+        stacked = weight.detach()[list(group)].flatten(0, 1).double()  # (k·Dv, E)
+        if stacked.shape[0] < stacked.shape[1]:
+            stacked = torch.linalg.qr(stacked.T, mode="r").R.T
+        kept[key] = stacked.reshape(len(group), weight.shape[1], -1).to(compute_dtype(weight))
+    return kept[key]
+
+
+_isometries: Any = WeakTensorKeyDictionary()
