@@ -91,22 +91,25 @@ class record_attention:
             raise TypeError(f"record_attention expects a torch.nn.Module, got {type(model).__name__}")
         self._model = model
         self._paths = {module: clean_path(path) for path, module in model.named_modules()}
+        self._modules = {path: module for module, path in self._paths.items()}
         self._layers = None if layers is None else frozenset(layers)
         self._projections = _known_projections(model)
         self._check_names(layers, output_projections)
 
     def __enter__(self) -> AttentionRecording:
         self._recording = AttentionRecording()
-        self._stack: list[nn.Module] = []
+        self._stack: list[str] = []
         self._calls = 0
         self._seen: set[str | int] = set()
         self._forwards = 0
         self._awaiting: tuple[str, Tensor] | None = None
         self._grad_at_entry = False
         self._handles: list[Any] = []
+        self._handles = []
         for module in self._paths:
-            self._handles.append(module.register_forward_pre_hook(self._enter_module, with_kwargs=True))
-            self._handles.append(module.register_forward_hook(self._leave_module, always_call=True))
+            enter, leave = self._hooks(module)
+            self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(leave, always_call=True))
         self._mode = _AttentionMode(self._on_attention)
         self._mode.__enter__()
         return self._recording
@@ -122,40 +125,49 @@ class record_attention:
 
     # -- hooks ---------------------------------------------------------------------------------------------------
 
-    def _enter_module(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if _in_backward():
-            return
-        if module is self._model:
-            self._forwards += 1
-            if self._forwards > 1:
-                raise RecordingError(
-                    "record_attention saw a second forward pass of the model in one context. Open one context per "
-                    "forward pass: records of two batches must not be mixed."
-                )
-            self._grad_at_entry = torch.is_grad_enabled()
-        if self._awaiting is not None:
-            self._consider_projection(module, args, kwargs)
-        self._stack.append(module)
+    def _hooks(self, module: nn.Module) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Hooks that keep the stack of module paths. They hold paths, not modules: torch.compile traces them so."""
+        path, is_root = self._paths[module], module is self._model
+        stack = self._stack
 
-    def _leave_module(self, module: nn.Module, args: Any, output: Any) -> None:
-        # A failed forward may leave deeper modules on the stack: unwind to this one.
-        while self._stack and not _in_backward():
-            if self._stack.pop() is module:
-                break
+        def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if _in_backward():
+                return
+            if is_root:
+                self._start_forward()
+            if self._awaiting is not None:
+                self._consider_projection(module, args, kwargs)
+            stack.append(path)
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            # A failed forward may leave deeper modules on the stack: unwind to this one.
+            while stack and not _in_backward():
+                if stack.pop() == path:
+                    break
+
+        return enter, leave
+
+    def _start_forward(self) -> None:
+        self._forwards += 1
+        if self._forwards > 1:
+            raise RecordingError(
+                "record_attention saw a second forward pass of the model in one context. Open one context per "
+                "forward pass: records of two batches must not be mixed."
+            )
+        self._grad_at_entry = torch.is_grad_enabled()
 
     def _on_attention(self, call: _Call, output: Tensor) -> None:
         if not self._stack or _in_backward():
             return  # another model's attention, or a layer run again by gradient checkpointing
-        module = self._stack[-1]
-        name, position = self._paths[module], self._calls
+        name, position = self._stack[-1], self._calls
         self._calls += 1
         if self._layers is not None:
             chosen = self._layers & {name, position}
             if not chosen:
                 return
             self._seen |= chosen
-        self._check_differentiable(module, name)
-        self._recording._records.append(call.record(name, self._output_weight_of(name, module, call)))
+        self._check_differentiable(name)
+        self._recording._records.append(call.record(name, self._output_weight_of(name, call)))
         if name not in self._projections and not torch.compiler.is_compiling():
             self._awaiting = (name, output)
 
@@ -171,11 +183,9 @@ class record_attention:
         self._projections[name] = weakref.ref(module) if found else None
         self._awaiting = None
 
-    def _output_weight_of(self, name: str, module: nn.Module, call: _Call) -> Callable[[], Tensor | None]:
+    def _output_weight_of(self, name: str, call: _Call) -> Callable[[], Tensor | None]:
         heads, width = call.query.shape[1], call.value.shape[-1]
         projections = self._projections
-        if isinstance(module, nn.MultiheadAttention) and name not in projections:
-            projections[name] = weakref.ref(module.out_proj)  # applied by F.linear: its forward never runs
 
         def read() -> Tensor | None:
             found = projections.get(name)
@@ -187,7 +197,7 @@ class record_attention:
     # -- checks ----------------------------------------------------------------------------------------------------
 
     def _check_names(self, layers: Sequence[str | int] | None, projections: Mapping[str, str] | None) -> None:
-        modules = {path: module for module, path in self._paths.items()}
+        modules = self._modules
         named = [layer for layer in layers or () if isinstance(layer, str)]
         negative = [layer for layer in layers or () if isinstance(layer, int) and layer < 0]
         if negative:
@@ -206,9 +216,11 @@ class record_attention:
                 )
             self._projections[name] = weakref.ref(modules[path])
 
-    def _check_differentiable(self, module: nn.Module, name: str) -> None:
-        cut_off = self._forwards > 0 and self._grad_at_entry and not torch.is_grad_enabled()
-        if cut_off and module.training and any(p.requires_grad for p in module.parameters()):
+    def _check_differentiable(self, name: str) -> None:
+        if torch.is_grad_enabled() or not self._grad_at_entry:
+            return
+        module = self._modules[name]
+        if module.training and any(p.requires_grad for p in module.parameters()):
             raise RecordingError(
                 f"{name!r} runs without gradient inside a training forward pass, as re-entrant gradient checkpointing "
                 "does: its recorded queries could teach nothing. Use "
@@ -347,7 +359,13 @@ _projections_found: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[n
 
 
 def _known_projections(model: nn.Module) -> dict[str, weakref.ref[nn.Module] | None]:
-    return _projections_found.setdefault(model, {})
+    known = _projections_found.get(model)
+    if known is None:
+        # nn.MultiheadAttention applies its out_proj by F.linear: that module's forward never runs.
+        attentions = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
+        known = {clean_path(path): weakref.ref(m.out_proj) for path, m in attentions}
+        _projections_found[model] = known
+    return known
 
 
 def _in_features(module: nn.Module) -> int | None:
