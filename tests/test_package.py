@@ -1,4 +1,4 @@
-"""What a user gets with `pip install squeezeheads`: a light import, documented names, few requirements, a whole wheel."""
+"""What `pip install squeezeheads` brings: a light import, documented names, few requirements, a whole wheel."""
 
 import inspect
 import json
