@@ -9,7 +9,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from squeezeheads.attention import AttentionRecord
+from squeezeheads.distillation import Distillation
 from squeezeheads.divergence import attention_divergence
+from squeezeheads.objectives import LogitKD, SqueezedHeads, TaskLoss, squeezed_attention_loss
 from squeezeheads.pairing import pair_layers
 from squeezeheads.recording import AttentionRecording, RecordingError, record_attention
 from squeezeheads.squeezing import attention_energy, calibrate_groups, group_heads, mixing_matrix, squeezing_residual
@@ -23,8 +25,11 @@ __all__ = [
     "AttentionRecord",
     "AttentionRecording",
     "Distillation",
+    "LogitKD",
     "RecordingError",
     "SqueezeTrainer",
+    "SqueezedHeads",
+    "TaskLoss",
     "attention_divergence",
     "attention_energy",
     "calibrate_groups",

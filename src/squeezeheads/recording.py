@@ -328,26 +328,26 @@ def read_output_weight(projection: nn.Module, heads: int, width: int) -> Tensor:
     Passing the identity through it works alike for ``nn.Linear``, ``Conv1D``, LoRA-wrapped and quantised layers; the
     answer is kept until a parameter or buffer of the module changes.
     """
-    state = tuple((id(t), t._version) for t in (*projection.parameters(), *projection.buffers()))
+    parameters, buffers = list(projection.parameters()), list(projection.buffers())
+    state = (heads, width, *((id(t), t._version) for t in (*parameters, *buffers)))
     kept = _weights_read.get(projection)
     if kept is not None and kept[0] == state:
-        return kept[1].view(heads, width, -1)
-    reference = next((t for t in projection.parameters() if t.is_floating_point()), None)
-    dtype = torch.get_default_dtype() if reference is None else reference.dtype
-    device = next((t.device for t in (*projection.parameters(), *projection.buffers())), None)
-    size = heads * width
-    probe = torch.cat([torch.eye(size, dtype=dtype, device=device), torch.zeros(1, size, dtype=dtype, device=device)])
+        return kept[1]
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.get_default_dtype())
+    device = next((t.device for t in (*parameters, *buffers)), torch.device("cpu"))
     modes = {module: module.training for module in projection.modules()}
-    try:
-        projection.eval()  # no dropout in a LoRA branch while reading
-        with torch.no_grad(), torch.autocast(probe.device.type, enabled=False):
+    # An ordinary tensor even where the teacher runs in inference mode: it is kept, and its version is asked for.
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        probe = torch.eye(heads * width + 1, heads * width, dtype=dtype, device=device)  # identity, and a row of zeros
+        try:
+            projection.eval()  # no dropout in a LoRA branch while reading
             answer = projection(probe[None])[0]
-    finally:
-        for module, training in modes.items():
-            module.training = training
-    weight = answer[:-1] - answer[-1]  # minus what the bias adds
+        finally:
+            for module, training in modes.items():
+                module.training = training
+        weight = (answer[:-1] - answer[-1]).view(heads, width, -1)  # minus what the bias adds
     _weights_read[projection] = (state, weight)
-    return weight.view(heads, width, -1)
+    return weight
 
 
 # Both caches hold nothing alive: they go with the module and the model.

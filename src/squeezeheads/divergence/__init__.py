@@ -8,7 +8,7 @@ from squeezeheads.attention import AttentionRecord, check_rows
 from squeezeheads.divergence.reference import reference_divergence
 from squeezeheads.divergence.tiled import tiled_divergence
 
-__all__ = ["attention_divergence", "reference_divergence", "tiled_divergence"]
+__all__ = ["attention_divergence", "check_comparable", "reference_divergence", "tiled_divergence"]
 
 _IMPLEMENTATIONS = {"reference": reference_divergence, "tiled": tiled_divergence}
 _REDUCTIONS = ("mean", "sum", "none")
@@ -60,12 +60,23 @@ def attention_divergence(
         raise ValueError(f"reduction={reduction!r} is unknown: expected one of {', '.join(_REDUCTIONS)}.")
     if not temperature > 0:
         raise ValueError(f"temperature={temperature!r}: expected a positive number.")
-    _check_fit(student_record, teacher_record, mix)
+    check_comparable(student_record, teacher_record)
+    expected = (student_record.query.shape[0], student_record.num_heads, teacher_record.num_heads)
+    if tuple(mix.shape) != expected:
+        raise ValueError(
+            f"mix has shape {tuple(mix.shape)}, expected (B, S, T) = {expected} for student {student_record.name!r} and "
+            f"teacher {teacher_record.name!r}."
+        )
     weights = check_rows(rows, student_record)
     return _IMPLEMENTATIONS[name](student_record, teacher_record, mix.detach(), weights, temperature, reduction)
 
 
-def _check_fit(student: AttentionRecord, teacher: AttentionRecord, mix: Tensor) -> None:
+def check_comparable(student: AttentionRecord, teacher: AttentionRecord) -> None:
+    """Whether two records are of the same samples and tokens, on the same device.
+
+    Raises:
+        ValueError: they are not; names both.
+    """
     theirs = f"student {student.name!r} and teacher {teacher.name!r}"
     if student.query.shape[0] != teacher.query.shape[0]:
         raise ValueError(
@@ -78,8 +89,5 @@ def _check_fit(student: AttentionRecord, teacher: AttentionRecord, mix: Tensor) 
             f"{theirs} compare different tokens: {mine[0]} queries × {mine[1]} keys against {other[0]} × {other[1]}. "
             "Their maps can only be compared token by token: use the same input size, patch size and special tokens."
         )
-    expected = (student.query.shape[0], student.num_heads, teacher.num_heads)
-    if tuple(mix.shape) != expected:
-        raise ValueError(f"mix has shape {tuple(mix.shape)}, expected (B, S, T) = {expected} for {theirs}.")
     if student.query.device != teacher.query.device:
         raise ValueError(f"{theirs} are on different devices: {student.query.device} and {teacher.query.device}.")

@@ -1,0 +1,170 @@
+"""Distillation inside Hugging Face's Trainer: everything but the loss is theirs."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+from torch.utils.data import Subset
+from transformers import Trainer, TrainingArguments
+
+from squeezeheads.distillation import Distillation, labelled_targets, next_token_targets
+from squeezeheads.objectives import Objective, SqueezedHeads
+
+PLAN_FILE = "squeeze_plan.json"
+
+
+class SqueezeTrainer(Trainer):
+    """``transformers.Trainer`` whose training loss is a :class:`squeezeheads.Distillation`.
+
+    ::
+
+        trainer = SqueezeTrainer(
+            model=student, teacher=teacher, args=TrainingArguments(...), train_dataset=data,
+            objectives={"task": TaskLoss(0.5), "logits": LogitKD(0.5), "attention": SqueezedHeads()},
+        )
+        trainer.train()
+
+    Each objective is logged under its own name, in its own unit, as the mean over all items since the last log. Means are
+    taken over the items of the whole batch: gradient accumulation, uneven batches and several processes change nothing.
+    Before the first step both models are run on calibration batches from the training data and checked against each other;
+    what was decided is kept in ``args.output_dir/squeeze_plan.json`` and taken up again on resume. Evaluation is that of
+    the student alone. The teacher is in no checkpoint.
+
+    Args:
+        model: the student.
+        teacher: the teacher, or ``None`` where no objective needs one. It is moved to the trainer's device.
+        args: training arguments.
+        objectives: name → objective.
+        **kwargs: as for ``transformers.Trainer``.
+
+    Raises:
+        ValueError: objectives without the teacher that they need; ``label_smoothing_factor`` or ``compute_loss_func``,
+            which would be ignored.
+    """
+
+    # Losses are divided by the item counts of the whole accumulated batch; the Trainer must not divide again.
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None = None,
+        args: TrainingArguments | None = None,
+        *,
+        objectives: Mapping[str, Objective],
+        **kwargs: Any,
+    ) -> None:
+        if args is not None and args.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={args.label_smoothing_factor} would be ignored: the task objective is the "
+                "student's own loss. Set it to 0."
+            )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func would be ignored: write an Objective instead.")
+        super().__init__(model=model, args=args, **kwargs)
+        targets = next_token_targets if self._loss_shifts_labels else labelled_targets
+        self.distillation = Distillation(teacher, objectives, targets=targets)
+        if teacher is not None:
+            self.distillation.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        self._batch_counts: dict[str, Tensor] | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._items: dict[str, Tensor] = {}
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """As ``Trainer.train``, after :meth:`prepare`."""
+        self.prepare(resume=bool(resume_from_checkpoint))
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def prepare(self, resume: bool = False) -> None:
+        """Check that student and teacher fit, and decide which layers and heads go together (once).
+
+        Args:
+            resume: take up the stored plan of an earlier start where there is one.
+        """
+        stored = Path(str(self.args.output_dir)) / PLAN_FILE
+        squeezed = {n: o for n, o in self.distillation.objectives.items() if isinstance(o, SqueezedHeads)}
+        if self.distillation.prepared or not squeezed:
+            return
+        plans: dict[str, Any] = {}
+        if resume and stored.is_file():
+            plans = json.loads(stored.read_text())
+            if plans.keys() != squeezed.keys():
+                raise ValueError(
+                    f"{stored} holds plans for {sorted(plans)}, but the objectives are {sorted(squeezed)}: resume with "
+                    "the objectives that the run was started with, or start it afresh in another output_dir."
+                )
+        else:
+            self.distillation.prepare(self.model, self._calibration_batches())
+            plans = {name: objective.plan_to_json() for name, objective in squeezed.items()}
+        # Every process found groups on its own share of the data: all go by the first one's.
+        broadcast_object_list(box := [plans])
+        for name, objective in squeezed.items():
+            objective.plan_from_json(box[0][name])
+        self.distillation.prepared = True
+        if self.args.should_save:
+            stored.parent.mkdir(parents=True, exist_ok=True)
+            stored.write_text(json.dumps(box[0], indent=1))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The distillation loss while training; the student's own loss in evaluation."""
+        if not model.training:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        out = self.distillation(model, inputs, progress=progress, counts=self._batch_counts)
+        for name, value in out.terms.items():
+            count = out.counts[name]
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(count > 0, value * count, 0.0)
+            self._items[name] = self._items.get(name, 0.0) + count
+        # Gradients are averaged over processes, but the shares of all processes add up to the loss.
+        loss = out.loss * self.accelerator.num_processes
+        return (loss, out.student_outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds each objective's mean since the last log."""
+        if self._sums and "loss" in logs:
+            names = list(self._sums)
+            pairs = torch.stack([torch.stack([self._sums[n], self._items[n]]).double() for n in names])
+            pairs = self.accelerator.reduce(pairs, reduction="sum")
+            for name, (total, items) in zip(names, pairs.tolist(), strict=True):
+                logs[name] = total / max(items, 1.0)
+            self._sums.clear()
+            self._items.clear()
+        super().log(logs, start_time)
+
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
+        """Counts each objective's items in the whole batch, over accumulation steps and processes."""
+        if self.is_in_train and self.model.training:
+            counts = [self.distillation.count(batch) for batch in batch_samples]
+            summed = {n: sum((c[n].to(device) for c in counts), torch.zeros((), device=device)) for n in self.distillation.objectives}
+            self._batch_counts = {n: self.accelerator.reduce(v, reduction="sum") for n, v in summed.items()}
+        return super()._get_num_items_in_batch(batch_samples, device)
+
+    def _calibration_batches(self) -> list[dict[str, Any]]:
+        """A few batches of training data, the same for every start with this seed, drawing on no global generator."""
+        data, wanted = self.train_dataset, self.distillation.calibration_batches
+        if data is None:
+            raise ValueError("train_dataset is None: the attention objective needs training data to check the models on.")
+        if hasattr(data, "__len__"):
+            generator = torch.Generator().manual_seed(self.args.seed)
+            size = min(len(data), wanted * self.args.per_device_train_batch_size * self.accelerator.num_processes)
+            chosen = torch.randperm(len(data), generator=generator)[:size].tolist()
+            data = data.select(chosen) if hasattr(data, "select") else Subset(data, chosen)
+        batches = []
+        with torch.random.fork_rng():
+            for batch in self.get_test_dataloader(data):
+                batches.append(self._prepare_inputs(batch))
+                if len(batches) == wanted:
+                    break
+        return batches
