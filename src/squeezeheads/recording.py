@@ -91,10 +91,12 @@ class record_attention:
             raise TypeError(f"record_attention expects a torch.nn.Module, got {type(model).__name__}")
         self._model = model
         self._paths = {module: clean_path(path) for path, module in model.named_modules()}
-        self._modules = {path: module for module, path in self._paths.items()}
+        # Weak, because records look up their projection in it: a record must not keep the model alive.
+        self._modules = weakref.WeakValueDictionary((path, module) for module, path in self._paths.items())
         self._layers = None if layers is None else frozenset(layers)
         self._projections = _known_projections(model)
-        self._check_names(layers, output_projections)
+        self._overrides = dict(output_projections or {})
+        self._check_names(layers)
 
     def __enter__(self) -> AttentionRecording:
         self._recording = AttentionRecording()
@@ -105,7 +107,6 @@ class record_attention:
         self._awaiting: tuple[str, Tensor] | None = None
         self._grad_at_entry = False
         self._handles: list[Any] = []
-        self._handles = []
         for module in self._paths:
             enter, leave = self._hooks(module)
             self._handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
@@ -168,7 +169,8 @@ class record_attention:
             self._seen |= chosen
         self._check_differentiable(name)
         self._recording._records.append(call.record(name, self._output_weight_of(name, call)))
-        if name not in self._projections and not torch.compiler.is_compiling():
+        known = name in self._overrides or name in self._projections
+        if not known and not torch.compiler.is_compiling():
             self._awaiting = (name, output)
 
     # -- output projections ----------------------------------------------------------------------------------------
@@ -180,47 +182,48 @@ class record_attention:
             return
         tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
         found = bool(tensors) and _is_merged_heads(tensors[0], output)
-        self._projections[name] = weakref.ref(module) if found else None
+        self._projections[name] = self._paths[module] if found else None
         self._awaiting = None
 
     def _output_weight_of(self, name: str, call: _Call) -> Callable[[], Tensor | None]:
         heads, width = call.query.shape[1], call.value.shape[-1]
-        projections = self._projections
+        overrides, projections, modules = self._overrides, self._projections, self._modules
 
         def read() -> Tensor | None:
-            found = projections.get(name)
-            projection = None if found is None else found()
+            path = overrides.get(name) or projections.get(name)
+            projection = None if path is None else modules.get(path)
             return None if projection is None else read_output_weight(projection, heads, width)
 
         return read
 
     # -- checks ----------------------------------------------------------------------------------------------------
 
-    def _check_names(self, layers: Sequence[str | int] | None, projections: Mapping[str, str] | None) -> None:
-        modules = self._modules
+    def _check_names(self, layers: Sequence[str | int] | None) -> None:
+        modules, projections = self._modules, self._overrides
         named = [layer for layer in layers or () if isinstance(layer, str)]
         negative = [layer for layer in layers or () if isinstance(layer, int) and layer < 0]
         if negative:
             raise ValueError(f"layers={negative}: positions count from 0 in order of execution.")
-        for path in (*named, *(projections or {}).keys(), *(projections or {}).values()):
+        for path in (*named, *projections.keys(), *projections.values()):
             if path not in modules:
                 raise ValueError(
                     f"{path!r} is no module of {type(self._model).__name__}. Attention modules are found with "
                     "`with record_attention(model) as recording: model(...)` and listed by `recording.names`."
                 )
-        for name, path in (projections or {}).items():
+        for name, path in projections.items():
             if _in_features(modules[path]) is None:
                 raise ValueError(
                     f"output_projections[{name!r}]: {path!r} is a {type(modules[path]).__name__}, expected a linear "
                     "layer (with in_features, or transformers' Conv1D)."
                 )
-            self._projections[name] = weakref.ref(modules[path])
 
     def _check_differentiable(self, name: str) -> None:
         if torch.is_grad_enabled() or not self._grad_at_entry:
             return
-        module = self._modules[name]
-        if module.training and any(p.requires_grad for p in module.parameters()):
+        # The attention core may be a module of its own without parameters: then the module around it tells.
+        around = (self._modules[path] for path in reversed(self._stack))
+        module = next((m for m in around if next(m.parameters(), None) is not None), None)
+        if module is not None and module.training and any(p.requires_grad for p in module.parameters()):
             raise RecordingError(
                 f"{name!r} runs without gradient inside a training forward pass, as re-entrant gradient checkpointing "
                 "does: its recorded queries could teach nothing. Use "
@@ -325,55 +328,68 @@ def clean_path(path: str) -> str:
 def read_output_weight(projection: nn.Module, heads: int, width: int) -> Tensor:
     """Each head's slice (heads, width, E) of a linear-like module, read through the module itself.
 
-    Passing the identity through it works alike for ``nn.Linear``, ``Conv1D``, LoRA-wrapped and quantised layers; the
-    answer is kept until a parameter or buffer of the module changes.
+    Passing the identity through it works alike for ``nn.Linear``, ``Conv1D``, LoRA-wrapped and quantised layers. The
+    answer is kept until a parameter or buffer changes, or the module answers a test vector differently: an adapter
+    switched off, a write through ``.data`` and packed weights leave no other trace.
     """
-    parameters, buffers = list(projection.parameters()), list(projection.buffers())
-    state = (heads, width, *((id(t), t._version) for t in (*parameters, *buffers)))
-    kept = _weights_read.get(projection)
-    if kept is not None and kept[0] == state:
-        return kept[1]
-    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.get_default_dtype())
-    device = next((t.device for t in (*parameters, *buffers)), torch.device("cpu"))
-    modes = {module: module.training for module in projection.modules()}
-    # An ordinary tensor even where the teacher runs in inference mode: it is kept, and its version is asked for.
+    tensors = (*projection.parameters(), *projection.buffers())
+    state = (heads, width, *((id(t), t._version, t.dtype, t.device) for t in tensors))
+    dtype = next((p.dtype for p in projection.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    device = next((t.device for t in tensors), torch.device("cpu"))
+    size = heads * width
+    # Ordinary tensors even where the teacher runs in inference mode: they are kept, and their version is asked for.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        probe = torch.eye(heads * width + 1, heads * width, dtype=dtype, device=device)  # identity, and a row of zeros
-        try:
-            projection.eval()  # no dropout in a LoRA branch while reading
-            answer = projection(probe[None])[0]
-        finally:
-            for module, training in modes.items():
-                module.training = training
-        weight = (answer[:-1] - answer[-1]).view(heads, width, -1)  # minus what the bias adds
-    _weights_read[projection] = (state, weight)
-    return weight
+        test = torch.arange(2 * size, dtype=torch.float32, device=device).view(2, size).sqrt().cos().to(dtype)
+        test[1] = 0  # the bias
+        answer = _ask(projection, test)
+        kept = _weights_read.get(projection)
+        if kept is None or kept[0] != state or not torch.equal(kept[1], answer):
+            # A large identity, so that adding the bias does not round the weight off in half precision.
+            identity = PROBE * torch.eye(size, dtype=dtype, device=device)
+            weight = ((_ask(projection, identity) - answer[1]) / PROBE).view(heads, width, -1)
+            kept = _weights_read[projection] = (state, answer, weight)
+    return kept[2]
+
+
+# A power of two: scaling by it rounds nothing.
+PROBE = 256.0
+
+
+def _ask(projection: nn.Module, rows: Tensor) -> Tensor:
+    """What ``projection`` makes of these rows, without the dropout of a LoRA branch."""
+    modes = {module: module.training for module in projection.modules()}
+    try:
+        projection.eval()
+        return projection(rows[None])[0]
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 # Both caches hold nothing alive: they go with the module and the model.
-_weights_read: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor]] = weakref.WeakKeyDictionary()
-# For each model, the output projection of each attention path; None where there is none that can be used.
-_projections_found: weakref.WeakKeyDictionary[nn.Module, dict[str, weakref.ref[nn.Module] | None]] = (
-    weakref.WeakKeyDictionary()
-)
+_weights_read: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor, Tensor]] = weakref.WeakKeyDictionary()
+# For each model, the path of the output projection of each attention path; None where there is none that can be used.
+# Paths, not modules: a layer that is wrapped later (LoRA) or replaced is read as it is then.
+_projections_found: weakref.WeakKeyDictionary[nn.Module, dict[str, str | None]] = weakref.WeakKeyDictionary()
 
 
-def _known_projections(model: nn.Module) -> dict[str, weakref.ref[nn.Module] | None]:
+def _known_projections(model: nn.Module) -> dict[str, str | None]:
     known = _projections_found.get(model)
     if known is None:
         # nn.MultiheadAttention applies its out_proj by F.linear: that module's forward never runs.
-        attentions = ((path, m) for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
-        known = {clean_path(path): weakref.ref(m.out_proj) for path, m in attentions}
+        attentions = (clean_path(path) for path, m in model.named_modules() if isinstance(m, nn.MultiheadAttention))
+        known = {path: f"{path}.out_proj".lstrip(".") for path in attentions}
         _projections_found[model] = known
     return known
 
 
 def _in_features(module: nn.Module) -> int | None:
     """Input width of a linear-like module (``nn.Linear`` and its kin, or transformers' ``Conv1D``), else ``None``."""
-    if hasattr(module, "in_features") and hasattr(module, "out_features"):
-        return int(module.in_features)
-    if hasattr(module, "nx") and hasattr(module, "nf"):
-        return int(module.nx)
+    linear: Any = module
+    if hasattr(linear, "in_features") and hasattr(linear, "out_features"):
+        return int(linear.in_features)
+    if hasattr(linear, "nx") and hasattr(linear, "nf"):
+        return int(linear.nx)
     return None
 
 

@@ -1,0 +1,53 @@
+"""``squeezeheads COMMAND``: a file a command, each imported when it is asked for."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+COMMANDS = {
+    "distill": "carry out a recipe: train students, compare them, save the best",
+    "evaluate": "measure a saved student on a recipe's test split",
+    "demo": "the whole job on the digits that scikit-learn ships, in a few minutes",
+}
+
+USAGE = "usage: squeezeheads COMMAND [...]\n\ncommands:\n" + "\n".join(
+    f"  {name:<10} {what}" for name, what in COMMANDS.items()
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit code: 0, or 2 for a mistake that the user can mend."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(USAGE)
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from squeezeheads import __version__
+
+        print(__version__)
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        print(f"squeezeheads: {command!r} is no command.\n\n{USAGE}", file=sys.stderr)
+        return 2
+    # Before transformers is imported: its notices about optional packages say nothing about this run.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from squeezeheads.errors import RecipeError
+
+    try:
+        return importlib.import_module(f"squeezeheads.cli.{command}").main(rest)
+    except RecipeError as error:
+        print(f"squeezeheads {command}: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").split(".")[0] == "squeezeheads":
+            raise
+        print(
+            f"squeezeheads {command}: the package {error.name!r} is missing. Install what the command line needs with "
+            "pip install 'squeezeheads[hf]'.",
+            file=sys.stderr,
+        )
+        return 2

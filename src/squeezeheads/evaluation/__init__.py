@@ -1,0 +1,5 @@
+"""What a student is worth: task metrics, and how faithful its attention is to the teacher's."""
+
+from squeezeheads.evaluation.fidelity import attention_fidelity
+
+__all__ = ["attention_fidelity"]

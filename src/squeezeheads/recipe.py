@@ -1,0 +1,289 @@
+"""A run as data: typed, unknown keys refused, every default and its help text in one place.
+
+Recipes are YAML (read with a safe loader). Each field's docstring is its help text on the command line, and every key can
+be given there: ``squeezeheads distill recipe.yaml --training.max_steps 100``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import yaml
+
+from squeezeheads.errors import RecipeError
+from squeezeheads.objectives import OBJECTIVES, Objective
+from squeezeheads.tasks import TASKS, Task
+
+# One optional field an entry, so that recipes name objectives and tasks by their keys and a new one is one entry there.
+def _optional_fields(name: str, classes: Mapping[str, type], doc: str) -> type:
+    fields = [(key, cls | None, field(default=None)) for key, cls in classes.items()]
+    return make_dataclass(name, fields, namespace={"__module__": __name__, "__doc__": doc})
+
+
+Objectives = _optional_fields("Objectives", OBJECTIVES, "Objectives by name; those left out are not used.")
+TaskChoice = _optional_fields("TaskChoice", TASKS, "Exactly one task, by name.")
+
+
+@dataclass
+class TrainingSpec:
+    """How a model is trained."""
+
+    max_steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 32
+    """Samples a step and process, before accumulation."""
+    gradient_accumulation_steps: int = 1
+    """Batches that are summed into a step."""
+    learning_rate: float = 5e-4
+    """Peak learning rate of AdamW."""
+    lr_scheduler: Literal["cosine", "linear", "constant_with_warmup"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = 0
+    """Steps over which the learning rate rises from 0."""
+    weight_decay: float = 0.01
+    """AdamW's weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradients are clipped to this norm; 0 turns clipping off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Mixed precision of forward and backward passes."""
+    save_every: int = 500
+    """Steps between checkpoints that a stopped run goes on from."""
+    log_every: int = 50
+    """Steps between logged losses."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """Any further option of transformers.TrainingArguments, by its name."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
+
+
+@dataclass
+class ModelSpec:
+    """A model: pretrained, or new with random weights."""
+
+    path: str | None = None
+    """Folder or hub name of a pretrained model; without it the model is new."""
+    config: dict[str, Any] = field(default_factory=dict)
+    """Configuration of a new model: any key of its transformers configuration. A teacher names its model_type; a student's
+    keys are changes to the teacher's configuration."""
+    attn_implementation: str = "sdpa"
+    """transformers' attention kernel; attention can be recorded under "sdpa" alone."""
+
+    def __post_init__(self) -> None:
+        if self.path is not None and self.config:
+            raise ValueError(f"path={self.path!r} and config are both given: a pretrained model keeps its configuration.")
+
+
+@dataclass
+class TeacherSpec(ModelSpec):
+    """The teacher: pretrained, or trained at the start of the run."""
+
+    training: TrainingSpec | None = None
+    """How a new teacher is trained; needed without path."""
+
+
+@dataclass
+class Recipe:
+    """A distillation run."""
+
+    task: TaskChoice  # type: ignore[valid-type]
+    """What is learned, from which data."""
+    teacher: TeacherSpec
+    """The model that teaches."""
+    student: ModelSpec
+    """The model that learns."""
+    objectives: Objectives  # type: ignore[valid-type]
+    """What the student learns from."""
+    training: TrainingSpec = field(default_factory=TrainingSpec)
+    """How students are trained."""
+    baselines: dict[str, Objectives] = field(default_factory=dict)  # type: ignore[valid-type]
+    """Further students to compare with, by name: same initialisation, data order and training, other objectives."""
+    seeds: list[int] = field(default_factory=lambda: [0])
+    """One student for each seed and set of objectives: the seed sets initialisation and data order."""
+    output: str = "runs/distill"
+    """Folder of everything that the run leaves."""
+
+    def __post_init__(self) -> None:
+        if len(_chosen(self.task)) != 1:
+            raise ValueError(f"task names {sorted(_chosen(self.task)) or 'nothing'}: expected exactly one of {', '.join(TASKS)}.")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds={self.seeds}: expected at least one seed, each once.")
+        if DISTILLED in self.baselines:
+            raise ValueError(f"baselines.{DISTILLED}: that name is taken by the objectives themselves.")
+        for name, objectives in self.arms.items():
+            if not objectives:
+                where = "objectives" if name == DISTILLED else f"baselines.{name}"
+                raise ValueError(f"{where} is empty: expected at least one of {', '.join(OBJECTIVES)}.")
+        if self.teacher.path is None and self.teacher.training is None:
+            raise ValueError("teacher has neither path nor training: give the folder of a pretrained teacher, or train one.")
+        if self.teacher.path is None and "model_type" not in self.teacher.config:
+            raise ValueError("teacher.config names no model_type: expected one, for example vit.")
+
+    @property
+    def chosen_task(self) -> Task:
+        """The task."""
+        return next(iter(_chosen(self.task).values()))
+
+    @property
+    def arms(self) -> dict[str, dict[str, Objective]]:
+        """All sets of objectives by name: the baselines, then the recipe's own."""
+        named = {**self.baselines, DISTILLED: self.objectives}
+        return {name: _chosen(objectives) for name, objectives in named.items()}
+
+
+DISTILLED = "distilled"
+"""Name of the students that learn from the recipe's own objectives."""
+
+
+def _chosen(options: Any) -> dict[str, Any]:
+    values = {f.name: getattr(options, f.name) for f in dataclasses.fields(options)}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def recipe_parser(prog: str, description: str) -> Any:
+    """A jsonargparse parser with an option for every key of a recipe."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    parser.add_argument("recipe", type=str, help="YAML file")
+    parser.add_argument("--recipe_file", action="config", help="==SUPPRESS==")
+    parser.add_class_arguments(Recipe, None)
+    return parser
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        path: YAML file.
+        overrides: command-line style, ``["--training.max_steps", "100"]``.
+
+    Raises:
+        RecipeError: no such file, an unknown key, a wrong type, an impossible value; names them.
+    """
+    from jsonargparse import ArgumentError
+
+    if not Path(path).is_file():
+        raise RecipeError(f"{path}: no such recipe. Expected a YAML file; `squeezeheads demo` runs a shipped one.")
+    _refuse_imports(Path(path), overrides)
+    parser = recipe_parser("squeezeheads", "")
+    try:
+        parsed = parser.parse_args([str(path), "--recipe_file", str(path), *overrides]).as_dict()
+    except ArgumentError as error:
+        raise RecipeError(f"{path}: {_readable(str(error))}") from error
+    values = {f.name: parsed[f.name] for f in dataclasses.fields(Recipe)}
+    try:
+        return _build(Recipe, values, "")
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _refuse_imports(path: Path, overrides: Sequence[str]) -> None:
+    """jsonargparse would import what stands where it expects options (``class_path``, or a dotted name). A recipe is data
+    and imports nothing: where options are expected there must be a mapping of options."""
+    try:
+        _check_mappings(Recipe, yaml.safe_load(path.read_text(encoding="utf-8")), "")
+        for key, text in _overrides(overrides):
+            value = yaml.safe_load(text)
+            for part in reversed(key.split(".")):
+                value = {part: value}
+            _check_mappings(Recipe, value, "")
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+    except ValueError as error:
+        raise RecipeError(f"{path}: {error}") from error
+
+
+def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+    """``--key value`` and ``--key=value``."""
+    for index, argument in enumerate(arguments):
+        if argument.startswith("--"):
+            key, equals, value = argument[2:].partition("=")
+            following = arguments[index + 1] if index + 1 < len(arguments) else ""
+            yield key, value if equals else following
+
+
+def _check_mappings(kind: Any, value: Any, key: str) -> None:
+    option = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)
+    if option is None or value is None:
+        return
+    if not isinstance(value, dict):
+        raise ValueError(f"{key or 'recipe'}: expected a mapping of options, got {value!r}.")
+    hints = {f.name: get_type_hints(option)[f.name] for f in dataclasses.fields(option) if f.init}
+    for name, part in value.items():
+        where = f"{key}.{name}" if key else str(name)
+        if get_origin(kind) is dict:
+            _check_mappings(option, part, where)
+        elif name in hints:
+            _check_mappings(hints[name], part, where)
+        else:
+            near = difflib.get_close_matches(str(name), hints, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Expected one of {', '.join(hints)}."
+            raise ValueError(f"unknown key {where!r}.{hint}")
+
+
+def _build(kind: Any, value: Any, key: str) -> Any:
+    """Dataclasses from plain data whose types are checked already; impossible values are reported with their key."""
+    if isinstance(value, dict) and get_origin(kind) is dict:
+        return {name: _build(get_args(kind)[1], part, f"{key}{name}.") for name, part in value.items()}
+    if isinstance(value, dict):
+        option = next(k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k))
+        hints = get_type_hints(option)
+        parts = {name: _build(hints[name], part, f"{key}{name}.") for name, part in value.items()}
+        try:
+            return option(**parts)
+        except ValueError as error:
+            raise ValueError(f"{key}{error}") from error
+    return value
+
+
+def shipped_recipe(name: str) -> Path:
+    """The path of a recipe in ``recipes/demo``, which lies beside ``src`` in a checkout and inside an installed package.
+
+    Raises:
+        RecipeError: there is none of that name.
+    """
+    here = Path(__file__).parent
+    for folder in (here / "recipes", here.parent.parent / "recipes"):
+        path = folder / "demo" / f"{name}.yaml"
+        if path.is_file():
+            return path
+    raise RecipeError(f"{name}: no recipe of that name is shipped with squeezeheads.")
+
+
+def dump_recipe(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as plain data, defaults included; options that are not used are left out."""
+
+    def plain(value: Any) -> Any:
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            items = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+            return {name: item for name, item in items.items() if item is not None}
+        if isinstance(value, dict):
+            return {name: plain(item) for name, item in value.items()}
+        return value
+
+    return plain(recipe)
+
+
+def _readable(message: str) -> str:
+    """jsonargparse's message without its talk of Python types."""
+    noise = ("Does not validate", "Subtypes:", "Errors:", "- Expected a <class 'NoneType'>", "Given value")
+    kept = [line.strip() for line in message.splitlines()]
+    kept = [line.removeprefix("- ") for line in kept if line and not line.startswith(noise)]
+    text = re.sub(r"Problem with given class_path '[^']*':|Given value: \w+\(.*\)$", "", " ".join(kept))
+    text = re.sub(r"a <class '(\w+)'>", r"\1", text)
+    text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
+    keys = re.findall(r'Parser key "([^"]*)":', text)
+    text = re.sub(r'Parser key "[^"]*":', "", text)
+    return (f"{'.'.join(keys)}: " if keys else "") + " ".join(text.split())

@@ -1,0 +1,420 @@
+"""A recipe carried out: data, teacher, plan, students, results. Everything that it leaves lies under ``recipe.output``.
+
+    output/
+      recipe.json          the recipe, defaults included
+      teacher/             the teacher, if it was trained here
+      plan.json            which layers and heads go together
+      students/NAME/seed-N the students, plain checkpoints, each with its result.json
+      student/             the best distilled student on the validation split
+      results.json, results.md, figures/
+
+Each step that is done is marked by its file: started again, a run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import shutil
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from squeezeheads.distillation import Distillation
+from squeezeheads.errors import RecipeError
+from squeezeheads.evaluation import attention_fidelity
+from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
+from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
+from squeezeheads.recording import RecordingError
+from squeezeheads.reports.figures import attention_figures
+from squeezeheads.reports.progress import ProgressBar
+from squeezeheads.reports.tables import plan_table, result_markdown, result_table
+from squeezeheads.tasks import Splits, Task
+from squeezeheads.tasks.modeling import new_config
+from squeezeheads.trainer import PLAN_FILE, SqueezeTrainer
+
+TEACHER_SEED = 0
+
+
+@dataclass
+class Models:
+    """How the models of a recipe are made."""
+
+    task: Task
+    recipe: Recipe
+
+    def __post_init__(self) -> None:
+        from transformers import AutoConfig
+
+        teacher, student = self.recipe.teacher, self.recipe.student
+        if teacher.path is not None:
+            self.teacher_config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
+        else:
+            self.teacher_config = new_config(self.task, teacher.config, "teacher.config")
+        if student.path is None:
+            self.student_config = new_config(self.task, student.config, "student.config", base=self.teacher_config)
+
+    def new_teacher(self) -> PreTrainedModel:
+        """The pretrained teacher, or one with random weights."""
+        spec = self.recipe.teacher
+        if spec.path is not None:
+            return self.task.load(spec.path, spec.attn_implementation)
+        set_seed(TEACHER_SEED)
+        return self.task.build(copy.deepcopy(self.teacher_config), spec.attn_implementation)
+
+    def new_student(self, seed: int) -> PreTrainedModel:
+        """A student as it is before training: the same for every set of objectives."""
+        spec = self.recipe.student
+        if spec.path is not None:
+            return self.task.load(spec.path, spec.attn_implementation)
+        set_seed(seed)
+        return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation)
+
+
+def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
+    """Carry out a recipe.
+
+    Args:
+        recipe: from :func:`squeezeheads.recipe.load_recipe`.
+        console: where progress, plan and table are shown; a new one by default.
+
+    Returns:
+        What ``results.json`` holds.
+
+    Raises:
+        RecipeError: anything about the recipe that cannot work; found before any training.
+    """
+    console = console or Console()
+    output = Path(recipe.output)
+    _claim(output, recipe)
+    task = recipe.chosen_task
+    models = _models(task, recipe)
+    splits = task.load_data()
+    _check_models(models, recipe, splits)
+
+    teacher = _teacher(models, recipe, splits, output, console)
+    yardstick = _plan(models, recipe, splits, teacher, output, console)
+    students: dict[str, list[dict[str, Any]]] = {name: [] for name in recipe.arms}
+    for seed in recipe.seeds:
+        for name, objectives in recipe.arms.items():
+            students[name].append(
+                _student(models, name, objectives, seed, recipe, splits, teacher, yardstick, output, console)
+            )
+    results = {
+        "metric": task.metric,
+        "split": "test",
+        "teacher": json.loads((output / "teacher" / "result.json").read_text()),
+        "students": _with_step_ratios(students),
+    }
+    _keep_best(results, task, output)
+    _draw(models, splits, teacher, yardstick, output)
+    (output / "results.json").write_text(json.dumps(results, indent=1))
+    (output / "results.md").write_text(result_markdown(results))
+    console.print(result_table(results))
+    console.print(f"student: {output / 'student'}   pictures: {output / 'figures'}   numbers: {output / 'results.json'}")
+    return results
+
+
+def evaluate(recipe: Recipe, model_path: str | None = None) -> dict[str, float]:
+    """Metrics of a saved model on the recipe's test split.
+
+    Args:
+        model_path: folder or hub name; by default the student that the recipe's run left.
+
+    Raises:
+        RecipeError: there is no such model.
+    """
+    path = Path(model_path) if model_path is not None else Path(recipe.output) / "student"
+    if model_path is None and not (path / "config.json").is_file():
+        raise RecipeError(f"{path}: no student there. Run `squeezeheads distill` first, or name a model with --model.")
+    if model_path is not None and path.exists() and not (path / "config.json").is_file():
+        raise RecipeError(f"{path}: no model there (no config.json). Expected a folder that save_pretrained wrote.")
+    task = recipe.chosen_task
+    try:
+        model = task.load(str(path), recipe.student.attn_implementation)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{path}: cannot be loaded: {error}") from error
+    return _measure(model, task, task.load_data().test, recipe.training)
+
+
+# -- before any training -----------------------------------------------------------------------------------------------
+
+
+def _claim(output: Path, recipe: Recipe) -> None:
+    """One output folder belongs to one recipe: results of different recipes must not mix."""
+    mine = json.loads(json.dumps(dump_recipe(recipe)))
+    stored = output / "recipe.json"
+    if stored.is_file():
+        theirs = json.loads(stored.read_text())
+        different = sorted(_different_keys(mine, theirs))
+        if different:
+            raise RecipeError(
+                f"output={output} holds a run of another recipe: {', '.join(different)} differ. Choose another folder "
+                "with --output, or delete this one."
+            )
+    elif output.exists() and any(output.iterdir()):
+        raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
+    output.mkdir(parents=True, exist_ok=True)
+    stored.write_text(json.dumps(mine, indent=1))
+
+
+def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for name in {*a, *b}:
+            yield from _different_keys(a.get(name), b.get(name), f"{key}.{name}" if key else name)
+    elif a != b:
+        yield key
+
+
+def _models(task: Task, recipe: Recipe) -> Models:
+    try:
+        return Models(task, recipe)
+    except OSError as error:
+        raise RecipeError(f"teacher.path={recipe.teacher.path!r} cannot be loaded: {error}") from error
+
+
+def _check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
+    """One batch through both models, trained or not: what does not fit shows before hours are spent."""
+    batch = default_data_collator(list(splits.train[:4]))
+    try:
+        teacher, student = models.new_teacher(), models.new_student(recipe.seeds[0])
+        for name, objectives in recipe.arms.items():
+            try:
+                trial = Distillation(teacher, copy.deepcopy(objectives))
+                trial.prepare(student, [batch])
+                with torch.no_grad():
+                    trial(student, batch)
+            except (ValueError, TypeError, RecordingError) as error:
+                where = "objectives" if name == DISTILLED else f"baselines.{name}"
+                raise RecipeError(f"{where}: {error}") from error
+    except OSError as error:
+        raise RecipeError(f"a model cannot be loaded: {error}") from error
+    unknown = set(recipe.training.arguments) - {f.name for f in dataclasses.fields(TrainingArguments)}
+    if unknown:
+        raise RecipeError(f"training.arguments: {', '.join(sorted(unknown))} are no options of TrainingArguments.")
+
+
+# -- steps ---------------------------------------------------------------------------------------------------------------
+
+
+def _teacher(models: Models, recipe: Recipe, splits: Splits, output: Path, console: Console) -> PreTrainedModel:
+    folder = output / "teacher"
+    done = folder / "result.json"
+    if recipe.teacher.path is not None:
+        teacher = models.new_teacher()
+        training = recipe.training
+    elif done.is_file():
+        return models.task.load(str(folder), recipe.teacher.attn_implementation)
+    else:
+        training = recipe.teacher.training or recipe.training
+        teacher = models.new_teacher()
+        trainer = _trainer(
+            teacher, None, {"task": TaskLoss()}, training, TEACHER_SEED, splits, output / "work" / "teacher",
+            ProgressBar("teacher", console),
+        )  # fmt: skip
+        _train(trainer)
+        teacher.save_pretrained(folder)
+    if not done.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        measured = _measure(teacher, models.task, splits.test, training)
+        done.write_text(json.dumps({**measured, "parameters": teacher.num_parameters()}))
+    return teacher
+
+
+def _plan(
+    models: Models, recipe: Recipe, splits: Splits, teacher: PreTrainedModel, output: Path, console: Console
+) -> SqueezedHeads | None:
+    """The plan of the recipe's attention objective: shown, stored, and the yardstick of every student's attention.
+
+    Without such an objective there is none, and attention is not measured.
+    """
+    objective = next((o for o in recipe.arms[DISTILLED].values() if isinstance(o, SqueezedHeads)), None)
+    if objective is None:
+        return None
+    objective = copy.deepcopy(objective)
+    stored = output / "plan.json"
+    if stored.is_file():
+        objective.plan_from_json(json.loads(stored.read_text()))
+    else:
+        # Through the trainer, so that the plan shown is the one trained by.
+        trainer = _trainer(
+            models.new_student(recipe.seeds[0]), teacher, {"attention": objective}, recipe.training, recipe.seeds[0],
+            splits, output / "work" / "plan",
+        )  # fmt: skip
+        trainer.prepare()
+        stored.write_text(json.dumps(objective.plan_to_json(), indent=1))
+    console.print(plan_table(objective.plan_to_json()))
+    return objective
+
+
+def _student(
+    models: Models,
+    name: str,
+    objectives: Mapping[str, Objective],
+    seed: int,
+    recipe: Recipe,
+    splits: Splits,
+    teacher: PreTrainedModel,
+    yardstick: SqueezedHeads | None,
+    output: Path,
+    console: Console,
+) -> dict[str, Any]:
+    folder = output / "students" / _slug(name) / f"seed-{seed}"
+    done = folder / "result.json"
+    if done.is_file():
+        return json.loads(done.read_text())
+    objectives = copy.deepcopy(dict(objectives))
+    if name == DISTILLED and yardstick is not None:
+        for objective in objectives.values():
+            if isinstance(objective, SqueezedHeads):
+                objective.plan = yardstick.plan
+    bar = ProgressBar(f"{name} · seed {seed}", console)
+    work = output / "work" / f"{_slug(name)}-{seed}"
+    student = models.new_student(seed)
+    trainer = _trainer(student, teacher, objectives, recipe.training, seed, splits, work, bar)
+    trainer.distillation.prepared = all(o.plan for o in objectives.values() if isinstance(o, SqueezedHeads))
+    _train(trainer)
+    student.save_pretrained(folder)
+    result: dict[str, Any] = {
+        "seed": seed,
+        **_measure(student, models.task, splits.test, recipe.training),
+        "validation": _measure(student, models.task, splits.validation, recipe.training),
+        "attention": None,
+        "parameters": student.num_parameters(),
+        "step_seconds": statistics.median(bar.step_seconds) if bar.step_seconds else None,
+        "losses": [entry for entry in trainer.state.log_history if "loss" in entry],
+    }
+    if yardstick is not None:
+        batches = _batches(splits.test, recipe.training.batch_size, student.device)
+        result["attention"] = attention_fidelity(student, teacher, yardstick, batches)
+    done.write_text(json.dumps(result))
+    shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> None:
+    """Copy the distilled student that does best on the validation split to ``student/``."""
+    runs = results["students"][DISTILLED]
+    best = max(runs, key=lambda run: run["validation"][task.metric])
+    source = output / "students" / _slug(DISTILLED) / f"seed-{best['seed']}"
+    shutil.copytree(source, output / "student", dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))
+
+
+def _draw(
+    models: Models, splits: Splits, teacher: PreTrainedModel, yardstick: SqueezedHeads | None, output: Path
+) -> None:
+    if yardstick is None:
+        return
+    student = models.task.load(str(output / "student"), models.recipe.student.attn_implementation)
+    inputs = {k: v for k, v in default_data_collator(list(splits.test[:8])).items() if k != "labels"}
+    attention_figures(student, teacher.to(student.device), yardstick, inputs, output / "figures")
+
+
+def _with_step_ratios(students: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+    """Each run's median step time over that of the first set of objectives with the same seed."""
+    first = next(iter(students.values()))
+    for runs in students.values():
+        for run, reference in zip(runs, first, strict=True):
+            if run["step_seconds"] and reference["step_seconds"]:
+                run["step_time_ratio"] = run["step_seconds"] / reference["step_seconds"]
+    return students
+
+
+# -- training and measuring ----------------------------------------------------------------------------------------------
+
+
+def _trainer(
+    model: PreTrainedModel,
+    teacher: PreTrainedModel | None,
+    objectives: Mapping[str, Objective],
+    spec: TrainingSpec,
+    seed: int,
+    splits: Splits,
+    work: Path,
+    bar: ProgressBar | None = None,
+) -> SqueezeTrainer:
+    arguments: dict[str, Any] = {
+        "output_dir": str(work),
+        "max_steps": spec.max_steps,
+        "per_device_train_batch_size": spec.batch_size,
+        "per_device_eval_batch_size": spec.batch_size,
+        "gradient_accumulation_steps": spec.gradient_accumulation_steps,
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": spec.lr_scheduler,
+        "warmup_steps": spec.warmup_steps,
+        "weight_decay": spec.weight_decay,
+        "max_grad_norm": spec.max_grad_norm,
+        "bf16": spec.precision == "bf16",
+        "fp16": spec.precision == "fp16",
+        "save_steps": spec.save_every,
+        "save_total_limit": 1,
+        "logging_steps": spec.log_every,
+        "seed": seed,
+        "data_seed": seed,
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **spec.arguments,
+    }
+    try:
+        args = TrainingArguments(**arguments)
+    except (ValueError, TypeError) as error:
+        raise RecipeError(f"training: transformers refuses these options: {error}") from error
+    trainer = SqueezeTrainer(
+        model=model,
+        teacher=teacher if any(o.needs for o in objectives.values()) else None,
+        args=args,
+        objectives=objectives,
+        train_dataset=splits.train,
+        callbacks=[bar] if bar else None,
+    )
+    trainer.remove_callback(_printer())
+    return trainer
+
+
+def _train(trainer: SqueezeTrainer) -> None:
+    """From the last checkpoint of a stopped run where there is one."""
+    folder = Path(str(trainer.args.output_dir))
+    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    trainer.train(resume_from_checkpoint=last)
+
+
+def _measure(model: PreTrainedModel, task: Task, samples: Sequence[Any], spec: TrainingSpec) -> dict[str, float]:
+    """Metrics of a model on a split, in eval mode."""
+    from transformers import EvalPrediction
+
+    model.eval()
+    logits, labels = [], []
+    with torch.no_grad():
+        for batch in _batches(samples, spec.batch_size, model.device):
+            labels.append(batch.pop("labels").cpu())
+            logits.append(model(**batch).logits.float().cpu())
+    return task.compute_metrics(EvalPrediction(torch.cat(logits).numpy(), torch.cat(labels).numpy()))
+
+
+def _batches(samples: Sequence[Any], size: int, device: torch.device) -> Iterator[dict[str, Any]]:
+    for batch in DataLoader(samples, batch_size=size, collate_fn=default_data_collator):  # type: ignore[arg-type]
+        yield {key: value.to(device) for key, value in batch.items()}
+
+
+def _printer() -> Any:
+    """The callback with which Trainer prints its logs where it shows no bar of its own."""
+    from transformers import PrinterCallback
+
+    return PrinterCallback
+
+
+def _slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+
+
+__all__ = ["PLAN_FILE", "Models", "distill", "evaluate"]

@@ -1,0 +1,88 @@
+"""Teacher and student as a recipe describes them: a path, or changes to a configuration."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from squeezeheads.errors import RecipeError
+from squeezeheads.tasks.base import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+# Sizes and counts in transformers' configurations: whole numbers of at least 1, by whatever name.
+_COUNT = re.compile(r"(_size|_heads|_layers|head_dim|^n_(embd|layer|head|inner|positions|ctx)|max_position_embeddings)$")
+
+
+def new_config(
+    task: Task, changes: Mapping[str, Any], key: str, base: PreTrainedConfig | None = None
+) -> PreTrainedConfig:
+    """The configuration of a new model.
+
+    Args:
+        task: fills in what its data fixes.
+        changes: keys of the configuration and their values. ``model_type`` starts from that type's defaults.
+        key: where the changes stand in the recipe, for messages.
+        base: what the changes are to; needed where they name no ``model_type``.
+
+    Raises:
+        RecipeError: an unknown model type or key, a size that is no whole number of at least 1, sizes that the model
+            refuses.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    changes = dict(changes)
+    model_type = changes.pop("model_type", None)
+    if model_type is not None and (base is None or model_type != base.model_type):
+        if model_type not in CONFIG_MAPPING:
+            raise RecipeError(f"{key}.model_type={model_type!r} is unknown to transformers.{_similar(model_type, CONFIG_MAPPING)}")
+        config = AutoConfig.for_model(model_type, **task.data_config())
+    elif base is not None:
+        config = copy.deepcopy(base)
+    else:
+        raise RecipeError(f"{key} names no model_type: expected one, for example {key}.model_type=vit.")
+    for name, value in changes.items():
+        if not hasattr(config, name):
+            raise RecipeError(
+                f"{key}.{name} is no option of {type(config).__name__}.{_similar(name, config.to_dict())}"
+            )
+        if _COUNT.search(name) and value is not None and not (isinstance(value, int | list) and value and _positive(value)):
+            raise RecipeError(f"{key}.{name}={value!r}: expected a whole number of at least 1.")
+        setattr(config, name, value)
+    _check_head_width(config, key)
+    try:
+        with torch.device("meta"):  # shapes alone: finds what the model refuses, without memory
+            task.build(config, "sdpa")
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise RecipeError(f"{key}: transformers cannot build {type(config).__name__} so: {error}") from error
+    return config
+
+
+def _check_head_width(config: PreTrainedConfig, key: str) -> None:
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    has_own_width = getattr(config, "head_dim", None) is not None
+    if isinstance(width, int) and isinstance(heads, int) and width % heads and not has_own_width:
+        raise RecipeError(
+            f"{key}: hidden_size={width} is no multiple of num_attention_heads={heads}: choose sizes that divide."
+        )
+    groups = getattr(config, "num_key_value_heads", None)
+    if isinstance(groups, int) and isinstance(heads, int) and heads % groups:
+        raise RecipeError(
+            f"{key}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}: choose counts that divide."
+        )
+
+
+def _positive(value: int | list[Any]) -> bool:
+    values = value if isinstance(value, list) else [value]
+    return all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
+
+
+def _similar(name: str, known: Any) -> str:
+    near = difflib.get_close_matches(name, list(known), n=3)
+    return f" Did you mean {', '.join(near)}?" if near else ""
