@@ -43,13 +43,14 @@ def labelled_targets(inputs: Inputs) -> Tensor | None:
 
 
 def next_token_targets(inputs: Inputs) -> Tensor | None:
-    """Predictions of a causal language model with a label: position ``i`` predicts label ``i + 1``."""
+    """Predictions of a causal language model with a label: position ``i`` predicts label ``i + 1``. Without labels, all
+    tokens but padding count."""
     labelled = labelled_targets(inputs)
     if labelled is None:
         rows = padding_rows(inputs)
         if rows is None:
             return None
-        labelled = rows
+        labelled = rows & torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], dim=1)
     return torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
 
 

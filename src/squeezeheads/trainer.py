@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from squeezeheads.distillation import Distillation, labelled_targets, next_token_targets
 from squeezeheads.objectives import Objective, SqueezedHeads
@@ -143,12 +143,33 @@ class SqueezeTrainer(Trainer):
             self._items.clear()
         super().log(logs, start_time)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        """Reads weights as ``from_pretrained`` does. Trainer (5.23) hands a checkpoint's weights to ``load_state_dict``
+        without transformers' renaming: for ViT, DeiT, DINOv2 and their kin no name fits, and it would go on from random
+        weights with no more than a warning."""
+        bare = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
+        if isinstance(bare, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            saved = type(bare).from_pretrained(resume_from_checkpoint, config=bare.config, dtype=bare.dtype)
+            bare.load_state_dict(saved.state_dict())
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result: Any) -> None:
+        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
+        if set(load_result.missing_keys) - ignored or load_result.unexpected_keys:
+            raise RuntimeError(
+                f"the checkpoint does not fit {type(self.model).__name__}: missing {load_result.missing_keys[:3]} …, "
+                f"unexpected {load_result.unexpected_keys[:3]} …. Going on would train from other weights than were saved."
+            )
+        super()._issue_warnings_after_load(load_result)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
         """Counts each objective's items in the whole batch, over accumulation steps and processes."""
         if self.is_in_train and self.model.training:
             counts = [self.distillation.count(batch) for batch in batch_samples]
-            summed = {n: sum((c[n].to(device) for c in counts), torch.zeros((), device=device)) for n in self.distillation.objectives}
-            self._batch_counts = {n: self.accelerator.reduce(v, reduction="sum") for n, v in summed.items()}
+            zero = torch.zeros((), device=device)
+            mine = {name: sum((c[name].to(device) for c in counts), zero) for name in self.distillation.objectives}
+            self._batch_counts = {n: self.accelerator.reduce(v, reduction="sum") for n, v in mine.items()}
         return super()._get_num_items_in_batch(batch_samples, device)
 
     def _calibration_batches(self) -> list[dict[str, Any]]:

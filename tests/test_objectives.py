@@ -1,0 +1,225 @@
+"""What every objective owes: a mean over items, a gradient for the student, none for the teacher, clear errors."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import classifier, image_batch, language_model, token_batch
+
+from squeezeheads import (
+    Distillation,
+    LogitKD,
+    SqueezedHeads,
+    TaskLoss,
+    attention_divergence,
+    calibrate_groups,
+    group_heads,
+    mixing_matrix,
+    pair_layers,
+    record_attention,
+    squeezed_attention_loss,
+)
+from squeezeheads.distillation import next_token_targets
+from squeezeheads.objectives import OBJECTIVES
+
+# A new objective is one row here: its options, chosen to be off the defaults.
+ROWS = {
+    "task": TaskLoss(weight=0.3),
+    "logits": LogitKD(weight=0.7, temperature=2.0),
+    "attention": SqueezedHeads(weight=1.5, temperature=1.3),
+}
+
+
+def fresh(name: str):
+    return dataclasses.replace(ROWS[name])
+
+
+def parts(batch: dict, sizes: list[int]) -> list[dict]:
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    return [{k: v[a : a + n] for k, v in batch.items()} for a, n in zip(starts, sizes, strict=True)]
+
+
+def test_every_objective_has_a_row():
+    assert ROWS.keys() == OBJECTIVES.keys()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_gradient_reaches_the_student_and_not_the_teacher(name):
+    teacher, student = classifier(6, seed=1), classifier(3)
+    out = Distillation(teacher, {name: fresh(name)})(student, image_batch(5))
+    out.loss.backward()
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
+    assert all(p.grad is None for p in teacher.parameters())
+    objective = ROWS[name]
+    torch.testing.assert_close(out.loss.detach(), objective.weight * objective.scale * out.terms[name])
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_parts_of_a_batch_add_up_to_the_whole(name):
+    """Gradient accumulation, uneven parts: loss and gradient are those of the whole batch."""
+    teacher = language_model(6, seed=1)
+    batch = token_batch([9, 2, 5, 7, 1], total=9)
+    gradients = []
+    for sizes in ([5], [1, 3, 1], [2, 3]):
+        student = language_model(3)
+        distillation = Distillation(teacher, {name: fresh(name)}, targets=next_token_targets)
+        distillation.prepare(student, [batch])
+        counts = distillation.count(batch)
+        total = sum(distillation(student, part, counts=counts).loss for part in parts(batch, sizes))
+        if name == "task" and sizes == [1, 3, 1]:
+            # the last part has one token and so no prediction: the model's own mean is not a number
+            assert torch.isfinite(total)
+            continue
+        total.backward()
+        gradients.append((total.detach(), [p.grad.clone() for p in student.parameters() if p.grad is not None]))
+    for loss, grads in gradients[1:]:
+        torch.testing.assert_close(loss, gradients[0][0], rtol=1e-5, atol=1e-7)
+        for a, b in zip(grads, gradients[0][1], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_padding_changes_nothing(name):
+    teacher, student = language_model(6, seed=1).eval(), language_model(3).eval()
+    plain = token_batch([7, 4], total=7)
+    distillation = Distillation(teacher, {name: fresh(name)}, targets=next_token_targets)
+    distillation.prepare(student, [plain])
+    expected = distillation(student, plain).loss
+    for side, total in (("right", 11), ("left", 7), ("left", 12)):
+        loss = distillation(student, token_batch([7, 4], total=total, side=side)).loss
+        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6, msg=f"{side} padding to {total}")
+
+
+def test_logit_kd_is_the_mean_of_each_predictions_divergence():
+    teacher, student = language_model(6, seed=1).eval(), language_model(3).eval()
+    batch = token_batch([6, 3], total=6)
+    tau = 1.7
+    out = Distillation(teacher, {"logits": LogitKD(temperature=tau)}, targets=next_token_targets)(student, batch)
+    total, count = 0.0, 0
+    with torch.no_grad():
+        p = (teacher(**batch).logits.double() / tau).softmax(-1)
+        q = (student(**batch).logits.double() / tau).softmax(-1)
+    for row, length in enumerate([6, 3]):
+        for i in range(length - 1):  # position i predicts token i + 1
+            total += (p[row, i] * (p[row, i] / q[row, i]).log()).sum().item()
+            count += 1
+    assert out.terms["logits"].item() == pytest.approx(total / count, rel=1e-5)
+    assert out.loss.item() == pytest.approx(tau**2 * total / count, rel=1e-5)
+    assert out.counts["logits"].item() == count
+
+
+def test_logit_kd_names_both_shapes():
+    teacher, student = classifier(6, num_labels=7), classifier(3)
+    with pytest.raises(ValueError, match=r"\(4, 10\).*\(4, 7\)"):
+        Distillation(teacher, {"logits": LogitKD()})(student, image_batch(4))
+
+
+def test_task_loss_needs_labels():
+    with pytest.raises(TypeError, match="labels"):
+        Distillation(None, {"task": TaskLoss()})(classifier(3), {"pixel_values": image_batch(2)["pixel_values"]})
+
+
+def test_task_loss_is_the_models_own():
+    student, batch = classifier(3), image_batch(6)
+    out = Distillation(None, {"task": TaskLoss()})(student, batch)
+    torch.testing.assert_close(out.loss, F.cross_entropy(student(**batch).logits, batch["labels"]))
+
+
+@pytest.mark.parametrize("schedule", ["progressive", "balanced", "similar"])
+@pytest.mark.parametrize("layers", ["uniform", "last", [[0, 3], [1, 0]]])
+def test_squeezed_heads_is_the_mean_over_layer_pairs(schedule, layers):
+    """The objective, the function, and the parts put together by hand agree."""
+    teacher, student, batch = classifier(6, layers=4, seed=1).eval(), classifier(3).eval(), image_batch(4)
+    objective = SqueezedHeads(schedule=schedule, layers=layers, weights="joint", temperature=1.4)
+    value = Distillation(teacher, {"attention": objective})(student, batch).terms["attention"]
+    with torch.no_grad(), record_attention(student) as learned, record_attention(teacher) as taught:
+        student(**batch), teacher(**batch)
+    pairs, by_hand, groupings = pair_layers(2, 4, layers), [], []
+    for s, t in pairs:
+        if schedule == "similar":
+            (groups,) = calibrate_groups([[taught[t]]], 3, weights="joint")
+        else:
+            groups = group_heads(6, 3, schedule)
+        groupings.append(groups)
+        mix = mixing_matrix(taught[t], groups, weights="joint")
+        by_hand.append(attention_divergence(learned[s], taught[t], mix, temperature=1.4, implementation="reference"))
+    torch.testing.assert_close(value, torch.stack(by_hand).mean(), rtol=1e-5, atol=1e-8)
+    with torch.no_grad():
+        function = squeezed_attention_loss(
+            learned, taught, layers=layers, schedule=groupings, weights="joint", temperature=1.4
+        )
+    torch.testing.assert_close(function, value)
+
+
+def test_only_planned_layers_are_recorded(monkeypatch):
+    teacher, student, batch = classifier(6, layers=4, seed=1), classifier(3), image_batch(2)
+    distillation = Distillation(teacher, {"attention": SqueezedHeads(layers="last")})
+    distillation.prepare(student, [batch])
+    seen = []
+    original = SqueezedHeads.__call__
+    monkeypatch.setattr(SqueezedHeads, "__call__", lambda self, e: seen.append(e) or original(self, e))
+    distillation(student, batch)
+    assert list(seen[0].taught) == [3] and list(seen[0].learned) == [1]
+
+
+def test_different_token_counts_are_named():
+    teacher, student = classifier(6, patch_size=2), classifier(3, patch_size=4)
+    with pytest.raises(ValueError, match=r"5 queries × 5 keys against 17 × 17"):
+        Distillation(teacher, {"attention": SqueezedHeads()})(student, image_batch(2))
+
+
+def test_a_student_that_cannot_learn_is_an_error():
+    teacher, student, batch = classifier(6), classifier(3), image_batch(2)
+    with torch.no_grad(), record_attention(student) as learned, record_attention(teacher) as taught:
+        student(**batch), teacher(**batch)
+    with pytest.raises(RuntimeError, match="no gradient can reach"):
+        squeezed_attention_loss(learned, taught)
+
+
+@pytest.mark.parametrize("decay", ["none", "linear", "cosine"])
+def test_weights_decay_from_full_to_nothing(decay):
+    objective = TaskLoss(weight=2.0, decay=decay)
+    assert objective.weight_at(0.0) == 2.0
+    assert objective.weight_at(1.0) == pytest.approx(2.0 if decay == "none" else 0.0)
+    assert objective.weight_at(0.5) == pytest.approx(2.0 if decay == "none" else 1.0)
+    if decay == "cosine":
+        assert objective.weight_at(0.25) > TaskLoss(weight=2.0, decay="linear").weight_at(0.25)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: TaskLoss(weight=-1), "weight=-1"),
+        (lambda: TaskLoss(weight=float("nan")), "weight=nan"),
+        (lambda: TaskLoss(decay="quick"), "decay='quick'"),
+        (lambda: LogitKD(temperature=0), "temperature=0"),
+        (lambda: SqueezedHeads(temperature=-1), "temperature=-1"),
+        (lambda: SqueezedHeads(calibration_batches=0), "calibration_batches=0"),
+        (lambda: Distillation(None, {}), "empty"),
+        (lambda: Distillation(None, {"logits": LogitKD()}), "needs a teacher"),
+        (lambda: pair_layers(2, 4, "first"), "'first'"),
+        (lambda: pair_layers(2, 4, [[0, 4]]), r"\[0, 4\]"),
+        (lambda: pair_layers(2, 4, [[0, 1], [0, 2]]), "each student layer once"),
+        (lambda: pair_layers(0, 4), "student has 0"),
+    ],
+)
+def test_impossible_options_are_named(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (3, 6, ((0, 1), (1, 3), (2, 5))),
+        (4, 6, ((0, 1), (1, 2), (2, 4), (3, 5))),  # ⌈l · 6 / 4⌉ = 2, 3, 5, 6
+        (6, 6, tuple((i, i) for i in range(6))),
+        (12, 30, tuple((i, -(-(i + 1) * 30 // 12) - 1) for i in range(12))),
+        (4, 2, ((0, 0), (1, 0), (2, 1), (3, 1))),
+    ],
+)
+def test_uniform_layers(student, teacher, expected):
+    assert pair_layers(student, teacher) == expected

@@ -1,0 +1,175 @@
+"""The trainer: the same losses however a batch is cut, resume, plain checkpoints, a teacher that stays out of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import classifier, images, language_model, token_batch
+from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments
+
+from squeezeheads import LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
+
+
+def objectives() -> dict:
+    return {
+        "task": TaskLoss(0.5),
+        "logits": LogitKD(0.5, temperature=2.0),
+        "attention": SqueezedHeads(decay="linear", calibration_batches=2),
+    }
+
+
+def arguments(folder: Path, **changes) -> TrainingArguments:
+    options = {
+        "output_dir": str(folder),
+        "max_steps": 4,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "data_seed": 3,
+    }
+    return TrainingArguments(**{**options, **changes})
+
+
+def trainer(folder: Path, callbacks=None, **changes) -> SqueezeTrainer:
+    return SqueezeTrainer(
+        model=classifier(3, hidden_dropout_prob=0.1),
+        teacher=classifier(6, layers=4, seed=1),
+        args=arguments(folder, **changes),
+        objectives=objectives(),
+        train_dataset=images(48),
+        callbacks=callbacks,
+    )
+
+
+def losses(run: SqueezeTrainer) -> list[dict]:
+    keys = ("loss", "task", "logits", "attention", "grad_norm")
+    return [{k: entry[k] for k in keys} for entry in run.state.log_history if "loss" in entry]
+
+
+def test_each_term_is_logged_and_the_total_is_theirs(tmp_path):
+    run = trainer(tmp_path)
+    run.train()
+    logged = losses(run)
+    assert len(logged) == 4
+    for step, entry in enumerate(logged):
+        beta = 1 - step / 4
+        total = 0.5 * entry["task"] + 0.5 * 4 * entry["logits"] + beta * entry["attention"]
+        assert entry["loss"] == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize("model", ["classifier", "language_model"])
+def test_accumulation_changes_nothing(tmp_path, model):
+    """A batch of 8 and four of 2, with samples of different length in the language model."""
+    runs = []
+    for size, steps in ((8, 1), (2, 4)):
+        if model == "classifier":
+            student, teacher, data = classifier(3), classifier(6, seed=1), images(32)
+        else:
+            student, teacher = language_model(3), language_model(6, seed=1)
+            batch = token_batch([9, 2, 5, 7] * 8, total=9)
+            data = [{k: v[i] for k, v in batch.items()} for i in range(32)]
+        run = SqueezeTrainer(
+            model=student,
+            teacher=teacher,
+            args=arguments(tmp_path / str(size), per_device_train_batch_size=size, gradient_accumulation_steps=steps),
+            objectives={**objectives(), "attention": SqueezedHeads(schedule="progressive")},
+            train_dataset=data,
+        )
+        run.train()
+        runs.append(losses(run))
+    for whole, parts in zip(*runs, strict=True):
+        assert parts == pytest.approx(whole, rel=2e-4, abs=1e-6)
+
+
+def test_resumed_run_equals_an_undisturbed_one(tmp_path):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                control.should_training_stop = True
+
+    whole = trainer(tmp_path / "whole", max_steps=6)
+    whole.train()
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    stopped = trainer(tmp_path / "stopped", callbacks=[Stop()], **saving)
+    stopped.train()
+    plan = json.loads((tmp_path / "stopped" / "squeeze_plan.json").read_text())
+    resumed = trainer(tmp_path / "stopped", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.distillation.objectives["attention"].plan_to_json() == plan["attention"]
+    assert losses(resumed) == losses(whole)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_resume_refuses_other_objectives(tmp_path):
+    first = trainer(tmp_path)
+    first.prepare()
+    other = SqueezeTrainer(
+        model=classifier(3),
+        teacher=classifier(6, seed=1),
+        args=arguments(tmp_path),
+        objectives={"shd": SqueezedHeads()},
+        train_dataset=images(16),
+    )
+    with pytest.raises(ValueError, match=r"\['attention'\].*\['shd'\]"):
+        other.prepare(resume=True)
+
+
+def test_checkpoint_is_plain_and_without_teacher(tmp_path):
+    run = trainer(tmp_path, save_strategy="steps", save_steps=4)
+    run.train()
+    folder = tmp_path / "checkpoint-4"
+    classifier(3).save_pretrained(tmp_path / "bare")
+    names, bare = (load_file(f / "model.safetensors").keys() for f in (folder, tmp_path / "bare"))
+    assert names == bare
+    opened = AutoModelForImageClassification.from_pretrained(folder)
+    pixels = images(3)[0]["pixel_values"][None]
+    torch.testing.assert_close(opened.eval()(pixels).logits, run.model.eval()(pixels).logits)
+
+
+def test_teacher_stays_as_it_is(tmp_path):
+    run = trainer(tmp_path)
+    teacher = run.distillation.teacher
+    before = {name: p.clone() for name, p in teacher.named_parameters()}
+    run.train()
+    assert all(torch.equal(p, before[name]) and p.grad is None for name, p in teacher.named_parameters())
+    assert not any(h for m in teacher.modules() for h in (*m._forward_hooks, *m._forward_pre_hooks))
+
+
+def test_evaluation_is_the_students_own(tmp_path):
+    run = trainer(tmp_path)
+    held_out = images(10, seed=7)
+    metrics = run.evaluate(eval_dataset=held_out)
+    pixels = torch.stack([s["pixel_values"] for s in held_out])
+    labels = torch.tensor([s["labels"] for s in held_out])
+    with torch.no_grad():
+        expected = run.model.eval()(pixel_values=pixels, labels=labels).loss.item()
+    assert metrics["eval_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_calibration_leaves_the_generators_alone(tmp_path):
+    run = trainer(tmp_path)
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    run.prepare()
+    assert torch.equal(torch.rand(3), expected)
+    assert run.model.training
+
+
+def test_options_that_would_be_ignored_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="label_smoothing_factor"):
+        trainer(tmp_path, label_smoothing_factor=0.1)
+    with pytest.raises(ValueError, match="compute_loss_func"):
+        SqueezeTrainer(
+            model=classifier(3), args=arguments(tmp_path), objectives={"task": TaskLoss()}, compute_loss_func=print
+        )
