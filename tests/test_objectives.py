@@ -7,7 +7,6 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import classifier, image_batch, language_model, token_batch
 
 from squeezeheads import (
     Distillation,
@@ -24,6 +23,7 @@ from squeezeheads import (
 )
 from squeezeheads.distillation import next_token_targets
 from squeezeheads.objectives import OBJECTIVES
+from tiny import classifier, image_batch, language_model, token_batch
 
 # A new objective is one row here: its options, chosen to be off the defaults.
 ROWS = {

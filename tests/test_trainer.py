@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny import classifier, images, language_model, token_batch
 from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments
 
 from squeezeheads import LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
+from tiny import classifier, images, language_model, token_batch
 
 
 def objectives() -> dict:

@@ -14,7 +14,9 @@ from transformers import (
 )
 
 
-def classifier(heads: int, layers: int = 2, width: int = 24, seed: int = 0, **changes: Any) -> ViTForImageClassification:
+def classifier(
+    heads: int, layers: int = 2, width: int = 24, seed: int = 0, **changes: Any
+) -> ViTForImageClassification:
     """A ViT for images (1, 8, 8) of 10 classes: 16 patches and the class token."""
     set_seed(seed)
     config = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10, **changes}
@@ -47,8 +49,8 @@ def image_batch(count: int, seed: int = 0) -> dict[str, torch.Tensor]:
 
 
 def token_batch(lengths: list[int], total: int, side: str = "right", seed: int = 0) -> dict[str, torch.Tensor]:
-    """A padded batch for a language model; the tokens of a sample do not depend on the padding. A sample's first token has
-    no label: under left padding it would be predicted from a padding position."""
+    """A padded batch for a language model; the tokens of a sample do not depend on the padding. A sample's first token
+    has no label: under left padding it would be predicted from a padding position."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.zeros(len(lengths), total, dtype=torch.long)
     mask = torch.zeros_like(ids)

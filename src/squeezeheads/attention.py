@@ -29,7 +29,8 @@ class AttentionRecord:
         value: (B, Hkv, K, Dv), or ``None`` where it is not known.
         attention_mask: broadcastable to (B, H, Q, K). Boolean: ``True`` may be attended to. Floating point: added to
             the scaled scores; entries of ``-1e4`` or less forbid the key.
-        is_causal: query row ``i`` sees keys ``0 … i`` (aligned at the top left, as in ``scaled_dot_product_attention``).
+        is_causal: query row ``i`` sees keys ``0 … i`` (aligned at the top left, as in
+            ``scaled_dot_product_attention``).
         scale: factor of the scores; ``D ** -0.5`` by default.
         output_weight: (H, Dv, E), each head's slice of the output projection, or a function that returns it (read on
             first use), or ``None`` where it is not known.
@@ -107,7 +108,8 @@ class AttentionRecord:
     def map_tile(
         self, batch: slice, heads: Sequence[int], rows: slice, keys: slice, temperature: float = 1.0
     ) -> Tensor:
-        """Maps (b, len(heads), rows, keys) of some heads and rows; ``keys`` must hold every key that they may attend to."""
+        """Maps (b, len(heads), rows, keys) of some heads and rows; ``keys`` must hold every key that they may attend
+        to."""
         scores, allowed = self.score_tile(batch, heads, rows, keys, temperature)
         maps = scores.softmax(-1)
         return maps if allowed is None else maps * allowed
@@ -231,9 +233,7 @@ def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor | None, m
         raise ValueError(f"{where}: value {tuple(value.shape)} does not fit key {tuple(key.shape)}.")
     if mask is not None:
         full = (batch, heads, queries, keys)
-        fits = mask.dim() <= 4 and all(
-            m in (1, f) for m, f in zip(reversed(mask.shape), reversed(full), strict=False)
-        )
+        fits = mask.dim() <= 4 and all(m in (1, f) for m, f in zip(reversed(mask.shape), reversed(full), strict=False))
         if not fits or not (mask.dtype == torch.bool or mask.is_floating_point()):
             raise ValueError(
                 f"{where}: attention_mask {tuple(mask.shape)} of {mask.dtype} must be boolean or floating point and "

@@ -18,7 +18,7 @@ Inputs = Mapping[str, Any]
 
 @dataclass
 class DistillationOutput:
-    """What :class:`Distillation` returns for a batch."""
+    """What ``Distillation`` returns for a batch."""
 
     loss: Tensor
     """Σ weight · scale · value, with gradient."""
@@ -59,20 +59,21 @@ class Distillation:
 
     ::
 
-        distillation = Distillation(teacher, {"task": TaskLoss(0.5), "logits": LogitKD(0.5), "attention": SqueezedHeads()})
+        objectives = {"task": TaskLoss(0.5), "logits": LogitKD(0.5), "attention": SqueezedHeads()}
+        distillation = Distillation(teacher, objectives)
         distillation.prepare(student, first_batches)
         out = distillation(student, batch, progress=step / steps)
         out.loss.backward()
 
-    The teacher runs in eval mode without gradients and is asked for nothing that no objective needs (not at all, if none
-    needs it). Only planned attention layers are recorded.
+    The teacher runs in eval mode without gradients and is asked for nothing that no objective needs (not at all, if
+    none needs it). Only planned attention layers are recorded.
 
     Args:
         teacher: any model; ``None`` if no objective needs one.
         objectives: name → objective. Values are reported under these names.
         rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding.
-        targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for all.
-            Default: labels other than -100. For causal language models pass :func:`next_token_targets`.
+        targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for
+            all. Default: labels other than -100. For causal language models pass ``next_token_targets``.
 
     Raises:
         ValueError: no objective, or one that needs a teacher where there is none.
@@ -159,8 +160,8 @@ class Distillation:
             student: the model that learns; called as ``student(**inputs)``.
             inputs: the batch, on the models' device.
             progress: share of training done, from 0 to 1; weights may decay with it.
-            counts: items of the whole batch that ``inputs`` is a part of (gradient accumulation, several processes), from
-                summed :meth:`count`. ``loss`` then is this part's share: the shares add up to the loss of the whole.
+            counts: items of the whole batch that ``inputs`` is a part of (gradient accumulation, several processes),
+                from summed ``count``. ``loss`` then is this part's share: the shares add up to the loss of the whole.
         """
         if not self.prepared:
             self.prepare(student, [inputs])

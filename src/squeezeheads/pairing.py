@@ -35,7 +35,9 @@ def pair_layers(
             return tuple((s, -(-(s + 1) * teacher_layers // student_layers) - 1) for s in range(student_layers))
         if strategy == "last":
             return ((student_layers - 1, teacher_layers - 1),)
-        raise ValueError(f"layers={strategy!r} is unknown: expected {', '.join(STRATEGIES)}, or pairs [[student, teacher], …].")
+        raise ValueError(
+            f"layers={strategy!r} is unknown: expected {', '.join(STRATEGIES)}, or pairs [[student, teacher], …]."
+        )
     pairs = []
     for pair in strategy:
         if len(pair) != 2 or not 0 <= pair[0] < student_layers or not 0 <= pair[1] < teacher_layers:

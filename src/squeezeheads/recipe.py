@@ -1,7 +1,7 @@
 """A run as data: typed, unknown keys refused, every default and its help text in one place.
 
-Recipes are YAML (read with a safe loader). Each field's docstring is its help text on the command line, and every key can
-be given there: ``squeezeheads distill recipe.yaml --training.max_steps 100``.
+Recipes are YAML (read with a safe loader). Each field's docstring is its help text on the command line, and every key
+can be given there: ``squeezeheads distill recipe.yaml --training.max_steps 100``.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import yaml
 from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import OBJECTIVES, Objective
 from squeezeheads.tasks import TASKS, Task
+
 
 # One optional field an entry, so that recipes name objectives and tasks by their keys and a new one is one entry there.
 def _optional_fields(name: str, classes: Mapping[str, type], doc: str) -> type:
@@ -75,14 +76,16 @@ class ModelSpec:
     path: str | None = None
     """Folder or hub name of a pretrained model; without it the model is new."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Configuration of a new model: any key of its transformers configuration. A teacher names its model_type; a student's
-    keys are changes to the teacher's configuration."""
+    """Configuration of a new model: any key of its transformers configuration. A teacher names its model_type; a
+    student's keys are changes to the teacher's configuration."""
     attn_implementation: str = "sdpa"
     """transformers' attention kernel; attention can be recorded under "sdpa" alone."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.config:
-            raise ValueError(f"path={self.path!r} and config are both given: a pretrained model keeps its configuration.")
+            raise ValueError(
+                f"path={self.path!r} and config are both given: a pretrained model keeps its configuration."
+            )
 
 
 @dataclass
@@ -116,7 +119,9 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if len(_chosen(self.task)) != 1:
-            raise ValueError(f"task names {sorted(_chosen(self.task)) or 'nothing'}: expected exactly one of {', '.join(TASKS)}.")
+            raise ValueError(
+                f"task names {sorted(_chosen(self.task)) or 'nothing'}: expected exactly one of {', '.join(TASKS)}."
+            )
         if not self.seeds or len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={self.seeds}: expected at least one seed, each once.")
         if DISTILLED in self.baselines:
@@ -126,7 +131,9 @@ class Recipe:
                 where = "objectives" if name == DISTILLED else f"baselines.{name}"
                 raise ValueError(f"{where} is empty: expected at least one of {', '.join(OBJECTIVES)}.")
         if self.teacher.path is None and self.teacher.training is None:
-            raise ValueError("teacher has neither path nor training: give the folder of a pretrained teacher, or train one.")
+            raise ValueError(
+                "teacher has neither path nor training: give the folder of a pretrained teacher, or train one."
+            )
         if self.teacher.path is None and "model_type" not in self.teacher.config:
             raise ValueError("teacher.config names no model_type: expected one, for example vit.")
 
@@ -190,8 +197,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def _refuse_imports(path: Path, overrides: Sequence[str]) -> None:
-    """jsonargparse would import what stands where it expects options (``class_path``, or a dotted name). A recipe is data
-    and imports nothing: where options are expected there must be a mapping of options."""
+    """jsonargparse would import what stands where it expects options (``class_path``, or a dotted name). A recipe is
+    data and imports nothing: where options are expected there must be a mapping of options."""
     try:
         _check_mappings(Recipe, yaml.safe_load(path.read_text(encoding="utf-8")), "")
         for key, text in _overrides(overrides):
@@ -238,7 +245,7 @@ def _build(kind: Any, value: Any, key: str) -> Any:
     if isinstance(value, dict) and get_origin(kind) is dict:
         return {name: _build(get_args(kind)[1], part, f"{key}{name}.") for name, part in value.items()}
     if isinstance(value, dict):
-        option = next(k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k))
+        option: Any = next(k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k))
         hints = get_type_hints(option)
         parts = {name: _build(hints[name], part, f"{key}{name}.") for name, part in value.items()}
         try:
@@ -249,7 +256,8 @@ def _build(kind: Any, value: Any, key: str) -> Any:
 
 
 def shipped_recipe(name: str) -> Path:
-    """The path of a recipe in ``recipes/demo``, which lies beside ``src`` in a checkout and inside an installed package.
+    """The path of a recipe in ``recipes/demo``, which lies beside ``src`` in a checkout and inside an installed
+    package.
 
     Raises:
         RecipeError: there is none of that name.

@@ -27,7 +27,7 @@ class RecordingError(RuntimeError):
 
 
 class AttentionRecording(Sequence[AttentionRecord]):
-    """The records of one forward pass, in order of execution. Filled while the context of :func:`record_attention`
+    """The records of one forward pass, in order of execution. Filled while the context of ``record_attention``
     is open; complete, and checked, once it is closed."""
 
     def __init__(self) -> None:

@@ -84,7 +84,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """Carry out a recipe.
 
     Args:
-        recipe: from :func:`squeezeheads.recipe.load_recipe`.
+        recipe: from ``squeezeheads.recipe.load_recipe``.
         console: where progress, plan and table are shown; a new one by default.
 
     Returns:
@@ -120,7 +120,9 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     (output / "results.json").write_text(json.dumps(results, indent=1))
     (output / "results.md").write_text(result_markdown(results))
     console.print(result_table(results))
-    console.print(f"student: {output / 'student'}   pictures: {output / 'figures'}   numbers: {output / 'results.json'}")
+    console.print(
+        f"student: {output / 'student'}   pictures: {output / 'figures'}   numbers: {output / 'results.json'}"
+    )
     return results
 
 
@@ -146,7 +148,7 @@ def evaluate(recipe: Recipe, model_path: str | None = None) -> dict[str, float]:
     return _measure(model, task, task.load_data().test, recipe.training)
 
 
-# -- before any training -----------------------------------------------------------------------------------------------
+# -- before any training ---------------------------------------------------------------------------------------------
 
 
 def _claim(output: Path, recipe: Recipe) -> None:
@@ -203,7 +205,7 @@ def _check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
         raise RecipeError(f"training.arguments: {', '.join(sorted(unknown))} are no options of TrainingArguments.")
 
 
-# -- steps ---------------------------------------------------------------------------------------------------------------
+# -- steps -----------------------------------------------------------------------------------------------------------
 
 
 def _teacher(models: Models, recipe: Recipe, splits: Splits, output: Path, console: Console) -> PreTrainedModel:
@@ -329,7 +331,7 @@ def _with_step_ratios(students: dict[str, list[dict[str, Any]]]) -> dict[str, li
     return students
 
 
-# -- training and measuring ----------------------------------------------------------------------------------------------
+# -- training and measuring ------------------------------------------------------------------------------------------
 
 
 def _trainer(

@@ -20,7 +20,7 @@ PLAN_FILE = "squeeze_plan.json"
 
 
 class SqueezeTrainer(Trainer):
-    """``transformers.Trainer`` whose training loss is a :class:`squeezeheads.Distillation`.
+    """``transformers.Trainer`` whose training loss is a ``squeezeheads.Distillation``.
 
     ::
 
@@ -30,11 +30,11 @@ class SqueezeTrainer(Trainer):
         )
         trainer.train()
 
-    Each objective is logged under its own name, in its own unit, as the mean over all items since the last log. Means are
-    taken over the items of the whole batch: gradient accumulation, uneven batches and several processes change nothing.
-    Before the first step both models are run on calibration batches from the training data and checked against each other;
-    what was decided is kept in ``args.output_dir/squeeze_plan.json`` and taken up again on resume. Evaluation is that of
-    the student alone. The teacher is in no checkpoint.
+    Each objective is logged under its own name, in its own unit, as the mean over all items since the last log. Means
+    are taken over the items of the whole batch: gradient accumulation, uneven batches and several processes change
+    nothing. Before the first step both models are run on calibration batches from the training data and checked against
+    each other; what was decided is kept in ``args.output_dir/squeeze_plan.json`` and taken up again on resume.
+    Evaluation is that of the student alone. The teacher is in no checkpoint.
 
     Args:
         model: the student.
@@ -77,7 +77,7 @@ class SqueezeTrainer(Trainer):
         self._items: dict[str, Tensor] = {}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``, after :meth:`prepare`."""
+        """As ``Trainer.train``, after ``prepare``."""
         self.prepare(resume=bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -159,7 +159,8 @@ class SqueezeTrainer(Trainer):
         if set(load_result.missing_keys) - ignored or load_result.unexpected_keys:
             raise RuntimeError(
                 f"the checkpoint does not fit {type(self.model).__name__}: missing {load_result.missing_keys[:3]} …, "
-                f"unexpected {load_result.unexpected_keys[:3]} …. Going on would train from other weights than were saved."
+                f"unexpected {load_result.unexpected_keys[:3]} …. Going on would train from other weights than were "
+                "saved."
             )
         super()._issue_warnings_after_load(load_result)
 
@@ -176,7 +177,9 @@ class SqueezeTrainer(Trainer):
         """A few batches of training data, the same for every start with this seed, drawing on no global generator."""
         data, wanted = self.train_dataset, self.distillation.calibration_batches
         if data is None:
-            raise ValueError("train_dataset is None: the attention objective needs training data to check the models on.")
+            raise ValueError(
+                "train_dataset is None: the attention objective needs training data to check the models on."
+            )
         if hasattr(data, "__len__"):
             generator = torch.Generator().manual_seed(self.args.seed)
             size = min(len(data), wanted * self.args.per_device_train_batch_size * self.accelerator.num_processes)

@@ -33,8 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"squeezeheads: {command!r} is no command.\n\n{USAGE}", file=sys.stderr)
         return 2
-    # Before transformers is imported: its notices about optional packages say nothing about this run.
+    # Read when transformers is imported: its notices and its bars for loading and saving would break up our own.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from squeezeheads.errors import RecipeError
 
     try:

@@ -51,7 +51,8 @@ def attention_divergence(
             positive.
         RuntimeError: a second derivative is asked of the tiled implementation.
 
-    Source: SHD, arXiv 2502.07436 (KL between squeezed and student maps); METHOD §4 (direction, average, support, gradient).
+    Source: SHD, arXiv 2502.07436 (KL between squeezed and student maps); METHOD §4 (direction, average,
+    support, gradient).
     """
     name = "tiled" if implementation == "auto" else implementation
     if name not in _IMPLEMENTATIONS:
@@ -64,8 +65,8 @@ def attention_divergence(
     expected = (student_record.query.shape[0], student_record.num_heads, teacher_record.num_heads)
     if tuple(mix.shape) != expected:
         raise ValueError(
-            f"mix has shape {tuple(mix.shape)}, expected (B, S, T) = {expected} for student {student_record.name!r} and "
-            f"teacher {teacher_record.name!r}."
+            f"mix has shape {tuple(mix.shape)}, expected (B, S, T) = {expected} for student "
+            f"{student_record.name!r} and teacher {teacher_record.name!r}."
         )
     weights = check_rows(rows, student_record)
     return _IMPLEMENTATIONS[name](student_record, teacher_record, mix.detach(), weights, temperature, reduction)

@@ -16,7 +16,7 @@ def reference_divergence(
     temperature: float,
     reduction: str,
 ) -> Tensor:
-    """See :func:`squeezeheads.divergence.attention_divergence`; arguments already checked."""
+    """See ``squeezeheads.divergence.attention_divergence``; arguments already checked."""
     whole = slice(None), slice(0, student.num_queries), slice(0, student.num_keys)
     batch, queries, keys = whole
     scores, _ = student.score_tile(batch, range(student.num_heads), queries, keys, temperature)

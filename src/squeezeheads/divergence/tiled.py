@@ -1,7 +1,7 @@
 """The divergence in tiles of rows: exact value and exact gradient in one pass, no map outside a tile.
 
-Per tile the teacher's maps are rebuilt from query and key, mixed, compared with the student's, and dropped. The gradient
-needs no second look (METHOD §4): with ``P`` and ``Q`` summing to 1 on the common support,
+Per tile the teacher's maps are rebuilt from query and key, mixed, compared with the student's, and dropped. The
+gradient needs no second look (METHOD §4): with ``P`` and ``Q`` summing to 1 on the common support,
 
     ∂KL/∂score = Q − P,    ∂/∂query = (Q − P) · key · scale / τ,    ∂/∂key = (Q − P)ᵀ · query · scale / τ
 
@@ -29,7 +29,7 @@ def tiled_divergence(
     reduction: str = "mean",
     tile_bytes: int = TILE_BYTES,
 ) -> Tensor:
-    """See :func:`squeezeheads.divergence.attention_divergence`; arguments already checked.
+    """See ``squeezeheads.divergence.attention_divergence``; arguments already checked.
 
     Args:
         rows: (B, Q) weights in the compute dtype, or ``None``.
@@ -145,7 +145,9 @@ class _Sweep:
         self.key_grad = torch.zeros(student.key.shape, dtype=self.dtype, device=device) if gradient else None
         mask = student.attention_mask
         learned = gradient and mask is not None and mask.requires_grad
-        self.mask_grad = torch.zeros(mask.shape, dtype=self.dtype, device=device) if learned and mask is not None else None
+        self.mask_grad = (
+            torch.zeros(mask.shape, dtype=self.dtype, device=device) if learned and mask is not None else None
+        )
 
     def gradients(self) -> list[Tensor]:
         """Those of query, key and learned mask that there are."""
@@ -204,7 +206,9 @@ class _Sweep:
         self.total += (divergence * weights).sum(dtype=torch.float64)
         self.count += weights.sum(dtype=torch.float64)
         if self.gradient:
-            factors = weights if self.factors is None else self.factors[samples, head_index(heads), rows] * (weights > 0)
+            factors = (
+                weights if self.factors is None else self.factors[samples, head_index(heads), rows] * (weights > 0)
+            )
             wanted = student_map.sub_(squeezed).mul_(factors[..., None])
             self._accumulate(wanted, query, key, scale, heads, samples, rows, keys)
 
@@ -279,9 +283,7 @@ def _mix_maps(mix: Tensor, maps: Tensor) -> Tensor:
     return (mix @ maps.flatten(2)).unflatten(2, maps.shape[2:])
 
 
-def _add_broadcast(
-    target: Tensor, grad: Tensor, heads: list[int], samples: slice, rows: slice, keys: slice
-) -> None:
+def _add_broadcast(target: Tensor, grad: Tensor, heads: list[int], samples: slice, rows: slice, keys: slice) -> None:
     """Add a tile's gradient to that of a mask, summed over the dimensions along which the mask was broadcast."""
     view = expand_to_four(target)
     for dim in range(4):

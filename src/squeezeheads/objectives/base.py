@@ -15,7 +15,8 @@ from squeezeheads.recording import AttentionRecording
 
 @dataclass
 class Evidence:
-    """What one batch brought to light: the student's forward pass and, where an objective asks for it, the teacher's."""
+    """What one batch brought to light: the student's forward pass and, where an objective asks for it, the
+    teacher's."""
 
     inputs: Mapping[str, Any]
     """The batch as both models saw it."""
@@ -67,7 +68,8 @@ class Objective:
 
     @property
     def student_positions(self) -> frozenset[int]:
-        """Which of the student's attention calls are recorded, in order of execution from 0. Known after ``prepare``."""
+        """Which of the student's attention calls are recorded, in order of execution from 0. Known after
+        ``prepare``."""
         return frozenset()
 
     @property
@@ -100,5 +102,7 @@ def logits_of(outputs: Any, whose: str) -> Tensor:
         return outputs
     logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
     if not isinstance(logits, Tensor):
-        raise TypeError(f"the {whose} returned {type(outputs).__name__} without logits: expected an output with logits.")
+        raise TypeError(
+            f"the {whose} returned {type(outputs).__name__} without logits: expected an output with logits."
+        )
     return logits

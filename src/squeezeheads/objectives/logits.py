@@ -13,8 +13,8 @@ from squeezeheads.objectives.base import Evidence, Objective, logits_of
 
 @dataclass
 class LogitKD(Objective):
-    """Forward KL(teacher ‖ student) between predictions at temperature τ, in nats per prediction. The total takes it times
-    τ², which keeps its gradient's size when τ changes; the reported value is without that factor.
+    """Forward KL(teacher ‖ student) between predictions at temperature τ, in nats per prediction. The total takes it
+    times τ², which keeps its gradient's size when τ changes; the reported value is without that factor.
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", arXiv 1503.02531; METHOD §4.
     """

@@ -33,13 +33,13 @@ def squeezed_attention_loss(
     Args:
         learned: the student's recording, (B, S, Q, D) queries a layer.
         taught: the teacher's recording of the same batch, (B, T, Q, D') queries a layer.
-        layers: which layers go together, see :func:`squeezeheads.pair_layers`.
-        schedule: which heads go together: ``"progressive"`` or ``"balanced"`` (see :func:`squeezeheads.group_heads`), or
-            one grouping for each layer pair, from :func:`squeezeheads.calibrate_groups` (which loses much less).
-        weights: how grouped heads are weighed, see :func:`squeezeheads.mixing_matrix`.
+        layers: which layers go together, see ``squeezeheads.pair_layers``.
+        schedule: which heads go together: ``"progressive"`` or ``"balanced"`` (see ``squeezeheads.group_heads``), or
+            one grouping for each layer pair, from ``squeezeheads.calibrate_groups`` (which loses much less).
+        weights: how grouped heads are weighed, see ``squeezeheads.mixing_matrix``.
         rows: (B, Q) bool or weights: query rows that count. For padded batches pass the attention mask.
         temperature: divides both models' scores before their softmax.
-        implementation: see :func:`squeezeheads.attention_divergence`.
+        implementation: see ``squeezeheads.attention_divergence``.
 
     Returns:
         Scalar, mean over layer pairs, in nats per valid row and head. Its gradient reaches the student alone.
@@ -175,7 +175,7 @@ def _check_learnable(learned: Sequence[AttentionRecord]) -> None:
     """A loss that cannot teach is a mistake, not a number."""
     if torch.is_grad_enabled() and not any(r.query.requires_grad or r.key.requires_grad for r in learned):
         raise RuntimeError(
-            "no gradient can reach the student's attention: its forward pass ran under no_grad, or all that comes before "
-            "its queries and keys is frozen. Record the student with gradients on, or compute the loss under no_grad to "
-            "only measure it. (First argument: the student's recording; second: the teacher's.)"
+            "no gradient can reach the student's attention: its forward pass ran under no_grad, or all that comes "
+            "before its queries and keys is frozen. Record the student with gradients on, or compute the loss under "
+            "no_grad to only measure it. (First argument: the student's recording; second: the teacher's.)"
         )

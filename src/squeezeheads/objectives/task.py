@@ -28,8 +28,8 @@ class TaskLoss(Objective):
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
         if not isinstance(loss, Tensor):
             raise TypeError(
-                f"the student returned no loss (batch keys: {', '.join(map(str, evidence.inputs))}): the task objective "
-                "needs labels in the batch and a model that computes its loss from them. Leave the task objective out to "
-                "learn from the teacher alone."
+                f"the student returned no loss (batch keys: {', '.join(map(str, evidence.inputs))}): the task "
+                "objective needs labels in the batch and a model that computes its loss from them. Leave the task "
+                "objective out to learn from the teacher alone."
             )
         return loss

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +53,12 @@ def attention_figures(
         mix = mixing_matrix(theirs, layer.groups, weights=objective.weights)[sample].cpu()
         teacher_maps, student_maps = theirs.maps()[sample].float().cpu(), mine.maps()[sample].float().cpu()
         order = [head for group in layer.groups for head in group]
+        below = [sum(map(len, layer.groups[:s])) for s in range(len(layer.groups))]  # column of a group's first head
         squeezed = torch.einsum("st,tqk->sqk", mix.float(), teacher_maps)
         rows = [
-            ("teacher", teacher_maps[order], [f"head {head}" for head in order]),
-            ("squeezed", squeezed, [_recipe_of(mix[s], group) for s, group in enumerate(layer.groups)]),
-            ("student", student_maps, [f"head {s}" for s in range(len(layer.groups))]),
+            _Row("teacher", teacher_maps[order], [f"head {head}" for head in order], list(range(len(order)))),
+            _Row("squeezed", squeezed, [_sum_of(mix[s], group) for s, group in enumerate(layer.groups)], below),
+            _Row("student", student_maps, [f"head {s}" for s in range(len(layer.groups))], below),
         ]
         figure = _draw(plt, rows)
         figure.suptitle(f"student {layer.student_layer}  ←  teacher {layer.teacher_layer}", fontsize=10)
@@ -67,26 +69,34 @@ def attention_figures(
     return files
 
 
-def _draw(plt: Any, rows: Sequence[tuple[str, Tensor, list[str]]]) -> Any:
-    columns = max(len(maps) for _, maps, _ in rows)
+@dataclass(frozen=True)
+class _Row:
+    """Maps (n, Q, K) side by side, with a title and a column each."""
+
+    name: str
+    maps: Tensor
+    titles: list[str]
+    columns: list[int]
+
+
+def _draw(plt: Any, rows: Sequence[_Row]) -> Any:
+    width = max(max(row.columns) for row in rows) + 1
     figure, axes = plt.subplots(
-        len(rows), columns, figsize=(1.5 * columns + 0.6, 1.75 * len(rows) + 0.4), squeeze=False, layout="constrained"
+        len(rows), width, figsize=(1.5 * width + 0.6, 1.75 * len(rows) + 0.4), squeeze=False, layout="constrained"
     )
-    for row, (name, maps, titles) in zip(axes, rows, strict=True):
-        for axis in row:
-            axis.set_axis_off()
-        # Fewer maps than columns: spread them out, each below the heads that it stands for.
-        for index, (attention, title) in enumerate(zip(maps, titles, strict=True)):
-            axis = row[index * columns // len(maps)]
+    for axis in axes.flat:
+        axis.set_axis_off()
+    for line, row in zip(axes, rows, strict=True):
+        for attention, title, column in zip(row.maps, row.titles, row.columns, strict=True):
+            axis = line[column]
             axis.set_axis_on()
             axis.imshow(attention, cmap="magma", vmin=0)
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(title, fontsize=7)
-            if index == 0:
-                axis.set_ylabel(name, fontsize=9)
+        line[0].set_ylabel(row.name, fontsize=9)
     return figure
 
 
-def _recipe_of(weights: Tensor, group: Sequence[int]) -> str:
+def _sum_of(weights: Tensor, group: Sequence[int]) -> str:
     return " + ".join(f"{weights[head]:.2f}·{head}" for head in group)

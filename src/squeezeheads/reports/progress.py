@@ -1,4 +1,4 @@
-"""One progress bar a training run, with the latest losses beside it."""
+"""One progress bar a training run, with the latest loss beside it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class ProgressBar(TrainerCallback):
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-            TextColumn("[dim]{task.fields[losses]}"),
+            TextColumn("[dim]{task.fields[loss]}"),
             console=console,
         )
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress.start()
-        self._bar = self._progress.add_task(self._label, total=state.max_steps, completed=state.global_step, losses="")
+        self._bar = self._progress.add_task(self._label, total=state.max_steps, completed=state.global_step, loss="")
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._started = time.perf_counter()
@@ -44,10 +44,8 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **_: Any,
     ) -> None:
-        hidden = ("grad_norm", "learning_rate", "epoch")
         if logs and "loss" in logs:
-            shown = "  ".join(f"{k} {v:.3g}" for k, v in logs.items() if k not in hidden)
-            self._progress.update(self._bar, losses=shown)
+            self._progress.update(self._bar, loss=f"loss {logs['loss']:.3g}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress.stop()

@@ -25,7 +25,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     """
     metric = results["metric"]
     teacher = results["teacher"]
-    rows = [("teacher", f"{teacher[metric]:.3f}", "", "", f"{teacher['parameters']:,}", "")]
+    rows: list[tuple[str, ...]] = [("teacher", f"{teacher[metric]:.3f}", "", "", f"{teacher['parameters']:,}", "")]
     for name, runs in results["students"].items():
         fidelity = [run["attention"] for run in runs if run.get("attention") is not None]
         ratios = [run["step_time_ratio"] for run in runs if run.get("step_time_ratio") is not None]

@@ -18,8 +18,8 @@ SCHEDULES = ("progressive", "balanced")
 def group_heads(teacher_heads: int, student_heads: int, schedule: str = "progressive") -> HeadGroups:
     """The teacher heads that serve each student head, by a schedule that knows nothing but the counts.
 
-    * ``"progressive"``: rounds of adjacent pairs, an odd one kept; the last round merges only the first pairs, as many as
-      are needed to stop at exactly ``student_heads`` (9 → 3 gives {0–3}, {4–7}, {8}).
+    * ``"progressive"``: rounds of adjacent pairs, an odd one kept; the last round merges only the first pairs, as many
+      as are needed to stop at exactly ``student_heads`` (9 → 3 gives {0–3}, {4–7}, {8}).
     * ``"balanced"``: runs of neighbours whose sizes differ by at most 1, larger ones first.
 
     Equal counts give each head its own. With more student than teacher heads each teacher head serves
@@ -29,7 +29,7 @@ def group_heads(teacher_heads: int, student_heads: int, schedule: str = "progres
         One tuple of teacher heads (from 0) for each student head.
 
     Raises:
-        ValueError: a count below 1, an unknown schedule (``"similar"`` needs data: :func:`calibrate_groups`).
+        ValueError: a count below 1, an unknown schedule (``"similar"`` needs data: ``calibrate_groups``).
     """
     for label, count in (("teacher_heads", teacher_heads), ("student_heads", student_heads)):
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
@@ -64,7 +64,7 @@ def calibrate_groups(
 
     Starts from single heads and, while there are more groups than student heads, merges the two whose union raises the
     residual (with the weights in use) least, summed over the calibration batches (METHOD §3). Deterministic. With as
-    many student as teacher heads, or more, there is nothing to find and :func:`group_heads` answers.
+    many student as teacher heads, or more, there is nothing to find and ``group_heads`` answers.
 
     Args:
         teacher_recordings: one recording a batch, all of the same layers in the same order.

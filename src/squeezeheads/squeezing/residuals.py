@@ -1,13 +1,13 @@
 """What is lost when a group of heads shares one map, as quadratic forms that one pass over row tiles collects.
 
 For a group of ``k`` heads with maps ``A_i`` and value-output circuits ``X_i = V_i W_i`` the loss of giving all of them
-the map ``Σ_i w_i A_i`` (``w`` convex) is ``‖Σ_i A_i X_i − Σ_i w_i A_i Y‖²`` with ``Y = Σ_l X_l`` (METHOD §3). Because the
-weights sum to 1, it does not change when one map is subtracted from all: with ``D_i = A_i − A_0`` it is
+the map ``Σ_i w_i A_i`` (``w`` convex) is ``‖Σ_i A_i X_i − Σ_i w_i A_i Y‖²`` with ``Y = Σ_l X_l`` (METHOD §3). Because
+the weights sum to 1, it does not change when one map is subtracted from all: with ``D_i = A_i − A_0`` it is
 
     ‖Σ_{i≥1, l} c_il D_i X_l‖² = cᵀ G c,   c_il = [i = l] − w_i,   G = Gram matrix of the D_i X_l
 
-so everything that a solver asks for is a quadratic form of ``G``. Differences are formed before products: no cancellation
-between nearly equal heads, and a value bias, the same for every row, drops out.
+so everything that a solver asks for is a quadratic form of ``G``. Differences are formed before products: no
+cancellation between nearly equal heads, and a value bias, the same for every row, drops out.
 
 The width ``E`` of the model is never formed: the slices ``W_l`` of the group are replaced by the rows of the L of their
 LQ factorisation, an isometry that keeps every inner product (METHOD §3).
@@ -27,6 +27,7 @@ from squeezeheads.tiling import TILE_BYTES, tiles
 
 HeadGroups = tuple[tuple[int, ...], ...]
 """Teacher heads (counted from 0) of each student head."""
+
 
 def check_groups(groups: Sequence[Sequence[int]], num_heads: int, name: str) -> HeadGroups:
     """``groups`` as tuples of ints.

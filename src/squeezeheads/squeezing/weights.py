@@ -1,4 +1,5 @@
-"""With which weights the heads of a group are mixed: the mixing matrix, the one interface between squeezing and loss."""
+"""With which weights the heads of a group are mixed: the mixing matrix, the one interface between squeezing and
+loss."""
 
 from __future__ import annotations
 
@@ -25,7 +26,7 @@ def mixing_matrix(
 
     Args:
         teacher_record: one teacher layer.
-        groups: the teacher heads of each student head, from :func:`group_heads` or :func:`calibrate_groups`.
+        groups: the teacher heads of each student head, from ``group_heads`` or ``calibrate_groups``.
         weights: how a group's weights are found, per sample (METHOD §3):
 
             * ``"least_squares"``: rounds of adjacent pairs, each with the clipped closed-form α of SHD;
@@ -64,7 +65,7 @@ def squeezing_residual(
 ) -> Tensor:
     """What squeezing loses: ``‖Σ_i A_i X_i − Σ_i w_i A_i Y‖²`` of each group, summed over counted query rows.
 
-    Divide by :func:`attention_energy` for a share of what the layer writes.
+    Divide by ``attention_energy`` for a share of what the layer writes.
 
     Args:
         mix: a mixing matrix (B, S, T), or a weights mode, which costs no second pass.
@@ -102,26 +103,27 @@ def _solve(
         collected = difference_grams(record, groups, rows) if grams is None else grams
         solver = {"least_squares": _rounds, "joint": _joint, "select": _select}[weights]
     return [
-        ones(1) if len(group) == 1 else solver(gram, len(group))
-        for group, gram in zip(groups, collected, strict=True)
+        ones(1) if len(group) == 1 else solver(gram, len(group)) for group, gram in zip(groups, collected, strict=True)
     ]
 
 
 def residual(gram: Tensor, weights: Tensor) -> Tensor:
-    """(B,) residual of weights (B, k) by the quadratic form of :mod:`.residuals`."""
+    """(B,) residual of weights (B, k) by the quadratic form of ``.residuals``."""
     k = weights.shape[-1]
     coefficients = torch.eye(k, dtype=weights.dtype, device=weights.device) - weights[..., None]  # [i = l] − w_i
     c = coefficients[:, 1:].flatten(1)
     return torch.einsum("bi,bij,bj->b", c, gram, c).clamp_min(0)
 
 
-# -- solvers: a Gram matrix (B, ·, ·) and k in, weights (B, k) out -----------------------------------------------------
+# -- solvers: a Gram matrix (B, ·, ·) and k in, weights (B, k) out ---------------------------------------------------
 
 
 def _merge_in_rounds(k: int, start: Tensor, alpha: Callable[[Tensor, Tensor, list[int], list[int]], Tensor]) -> Tensor:
-    """Merge ``k`` heads in rounds of adjacent pairs, an odd one kept. ``alpha`` gives each merge its weight from the two
-    sides' weights (B, k) and members; the merged head carries ``X_p + X_q`` on."""
-    sides = [([i], start.new_zeros(start.shape).index_fill_(1, torch.tensor(i, device=start.device), 1.0)) for i in range(k)]
+    """Merge ``k`` heads in rounds of adjacent pairs, an odd one kept. ``alpha`` gives each merge its weight from the
+    two sides' weights (B, k) and members; the merged head carries ``X_p + X_q`` on."""
+    sides = [
+        ([i], start.new_zeros(start.shape).index_fill_(1, torch.tensor(i, device=start.device), 1.0)) for i in range(k)
+    ]
     while len(sides) > 1:
         merged = []
         for left, right in zip(sides[::2], sides[1::2], strict=False):
@@ -168,9 +170,10 @@ def _select(gram: Tensor, k: int) -> Tensor:
 def _joint(gram: Tensor, k: int) -> Tensor:
     """Least squares over the simplex, exactly, by a primal active-set method on all samples at once.
 
-    Minimise ``wᵀ H w − 2 bᵀ w`` with H, b over all k weights (row and column 0 are 0: the reference head). Starting from
-    the best single head, the head with the most negative reduced gradient joins the support, the equality-constrained
-    optimum on the support is taken, and heads that would turn negative leave at the boundary. The objective never rises.
+    Minimise ``wᵀ H w − 2 bᵀ w`` with H, b over all k weights (row and column 0 are 0: the reference head). Starting
+    from the best single head, the head with the most negative reduced gradient joins the support, the
+    equality-constrained optimum on the support is taken, and heads that would turn negative leave at the boundary. The
+    objective never rises.
     """
     batch = gram.shape[0]
     blocks = gram.unflatten(2, (k - 1, k)).unflatten(1, (k - 1, k))  # (B, i, l, j, m)
@@ -197,7 +200,8 @@ def _joint(gram: Tensor, k: int) -> Tensor:
 
 
 def _settle(quadratic: Tensor, linear: Tensor, weights: Tensor, support: Tensor) -> tuple[Tensor, Tensor]:
-    """Move to the optimum on the support; where that leaves the simplex, stop at the boundary, drop the head, repeat."""
+    """Move to the optimum on the support; where that leaves the simplex, stop at the boundary, drop the head,
+    repeat."""
     batch, k = weights.shape
     for _ in range(k):
         inside = support.to(weights.dtype)

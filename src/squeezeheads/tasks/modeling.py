@@ -17,7 +17,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 # Sizes and counts in transformers' configurations: whole numbers of at least 1, by whatever name.
-_COUNT = re.compile(r"(_size|_heads|_layers|head_dim|^n_(embd|layer|head|inner|positions|ctx)|max_position_embeddings)$")
+_COUNT = re.compile(
+    r"(_size|_heads|_layers|head_dim|^n_(embd|layer|head|inner|positions|ctx)|max_position_embeddings)$"
+)
 
 
 def new_config(
@@ -41,7 +43,9 @@ def new_config(
     model_type = changes.pop("model_type", None)
     if model_type is not None and (base is None or model_type != base.model_type):
         if model_type not in CONFIG_MAPPING:
-            raise RecipeError(f"{key}.model_type={model_type!r} is unknown to transformers.{_similar(model_type, CONFIG_MAPPING)}")
+            raise RecipeError(
+                f"{key}.model_type={model_type!r} is unknown to transformers.{_similar(model_type, CONFIG_MAPPING)}"
+            )
         config = AutoConfig.for_model(model_type, **task.data_config())
     elif base is not None:
         config = copy.deepcopy(base)
@@ -52,7 +56,11 @@ def new_config(
             raise RecipeError(
                 f"{key}.{name} is no option of {type(config).__name__}.{_similar(name, config.to_dict())}"
             )
-        if _COUNT.search(name) and value is not None and not (isinstance(value, int | list) and value and _positive(value)):
+        if (
+            _COUNT.search(name)
+            and value is not None
+            and not (isinstance(value, int | list) and value and _positive(value))
+        ):
             raise RecipeError(f"{key}.{name}={value!r}: expected a whole number of at least 1.")
         setattr(config, name, value)
     _check_head_width(config, key)
@@ -74,7 +82,8 @@ def _check_head_width(config: PreTrainedConfig, key: str) -> None:
     groups = getattr(config, "num_key_value_heads", None)
     if isinstance(groups, int) and isinstance(heads, int) and heads % groups:
         raise RecipeError(
-            f"{key}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}: choose counts that divide."
+            f"{key}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}: choose counts that "
+            "divide."
         )
 
 
