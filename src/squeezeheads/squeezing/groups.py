@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord
-from squeezeheads.squeezing.residuals import HeadGroups
+from squeezeheads.squeezing.residuals import HeadGroups, forget_isometries
 from squeezeheads.squeezing.weights import WEIGHTS, squeezing_residual
 
 SCHEDULES = ("progressive", "balanced")
@@ -118,6 +118,9 @@ def _similar(
             costs.update(zip(fresh, torch.as_tensor(found).tolist(), strict=True))
         a, b = min(unions, key=lambda pair: costs[unions[pair]] - costs[pair[0]] - costs[pair[1]])
         groups = sorted([g for g in groups if g not in (a, b)] + [unions[a, b]])
+    for record in batches:
+        if record.output_weight is not None:
+            forget_isometries(record.output_weight, groups)
     return tuple(groups)
 
 

@@ -84,25 +84,29 @@ def difference_grams(
     value, weight = require_values(record, "the residual of a group")
     batch = record.query.shape[0]
     row_weights = check_rows(rows, record)
-    grams: list[Tensor] = []
+    grams = []
     for group in groups:
-        k = len(group)
-        vectors = (k - 1) * k
-        gram = torch.zeros(batch, vectors, vectors, dtype=torch.float64, device=record.query.device)
-        grams.append(gram)
-        if k == 1:
-            continue
-        circuits = _Circuits(record, value, weight, group)
-        for samples, tile in tiles(batch, record.num_queries, 4 * k * record.num_keys, tile_bytes):
+        vectors = (len(group) - 1) * len(group)
+        grams.append(torch.zeros(batch, vectors, vectors, dtype=torch.float64, device=record.query.device))
+    merging = [index for index, group in enumerate(groups) if len(group) > 1]
+    members = [head for index in merging for head in groups[index]]
+    # Candidates of a calibration share heads: each tile's maps are made once for all of them. Groups that share none go
+    # one by one, with more rows to a tile.
+    for together in [merging] if len(set(members)) < len(members) else [[index] for index in merging]:
+        heads = sorted({head for index in together for head in groups[index]})
+        circuits = {index: _Circuits(record, value, weight, groups[index]) for index in together}
+        for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys, tile_bytes):
             keys = record.visible_keys(tile)
             with torch.autocast(record.query.device.type, enabled=False):
-                maps = record.map_tile(samples, group, tile, keys)
-                # (b, k−1, r, K) differences → (b, k−1, k, r, w) vectors → (b, (k−1)·k, r·w)
-                features = circuits.write(maps[:, 1:] - maps[:, :1], samples, keys)
-                if row_weights is not None:
-                    features = features * row_weights[samples, tile].sqrt()[:, None, None, :, None]
-                flat = features.flatten(3).flatten(1, 2)
-                gram[samples] += (flat @ flat.transpose(1, 2)).double()
+                maps = record.map_tile(samples, heads, tile, keys)
+                for index in together:
+                    own = take_heads(maps, [heads.index(head) for head in groups[index]])
+                    # (b, k−1, r, K) differences → (b, k−1, k, r, w) vectors → (b, (k−1)·k, r·w)
+                    features = circuits[index].write(own[:, 1:] - own[:, :1], samples, keys)
+                    if row_weights is not None:
+                        features = features * row_weights[samples, tile].sqrt()[:, None, None, :, None]
+                    flat = features.flatten(3).flatten(1, 2)
+                    grams[index][samples] += (flat @ flat.transpose(1, 2)).double()
     return grams
 
 
@@ -178,20 +182,24 @@ class _Circuits:
         kv = [record.key_value_head(h) for h in group]
         self._distinct = sorted(set(kv))  # grouped queries share values: multiply them once
         self._position = [self._distinct.index(h) for h in kv]
-        # (B, K, u·Dv): the distinct values side by side, so that one product serves all of them
-        self._values = take_heads(value, self._distinct).to(compute_dtype(record.query)).transpose(1, 2).flatten(2)
+        self._values = value
         self._width = value.shape[-1]
-        self._isometry = isometry(weight, tuple(group)).to(self._values.dtype)  # (k, Dv, w)
+        self._isometry = isometry(weight, tuple(group)).to(compute_dtype(record.query))  # (k, Dv, w)
 
     def write(self, maps: Tensor, samples: slice, keys: slice) -> Tensor:
         """(b, n, r, K) maps → (b, n, k, r, w): each map applied to each head's circuit."""
-        read = maps @ self._values[samples, None, keys]  # (b, n, r, u·Dv)
+        read = maps @ self._side_by_side(samples, keys)[:, None]  # (b, n, r, u·Dv)
         return torch.stack([self._circuit(read, i) for i in range(len(self._position))], dim=2)
 
     def values(self, samples: slice) -> Tensor:
         """(b, k, K, w): the circuits ``X_l`` themselves."""
-        read = self._values[samples]
+        read = self._side_by_side(samples, slice(None))
         return torch.stack([self._circuit(read, i) for i in range(len(self._position))], dim=1)
+
+    def _side_by_side(self, samples: slice, keys: slice) -> Tensor:
+        """(b, keys, u·Dv): the distinct values next to each other, so that one product serves all of them. Made for
+        each tile: a calibration holds many circuits at a time."""
+        return torch.cat([self._values[samples, h, keys] for h in self._distinct], dim=-1).to(self._isometry.dtype)
 
     def _circuit(self, read: Tensor, index: int) -> Tensor:
         start = self._position[index] * self._width
@@ -212,6 +220,13 @@ def isometry(weight: Tensor, group: tuple[int, ...]) -> Tensor:
             stacked = torch.linalg.qr(stacked.T, mode="r").R.T
         kept[key] = stacked.reshape(len(group), weight.shape[1], -1).to(compute_dtype(weight))
     return kept[key]
+
+
+def forget_isometries(weight: Tensor, keep: Sequence[Sequence[int]]) -> None:
+    """Drop what a search for groups left behind; the stand-ins of ``keep`` stay."""
+    kept = _isometries.get(weight, {})
+    for key in [key for key in kept if key[0] not in keep]:
+        del kept[key]
 
 
 _isometries: Any = WeakTensorKeyDictionary()
