@@ -57,7 +57,6 @@ def next_token_targets(inputs: Inputs) -> Tensor | None:
 class Distillation:
     """Runs student and teacher on a batch and returns each objective's value under its own name.
 
-    ::
 
         objectives = {"task": TaskLoss(0.5), "logits": LogitKD(0.5), "attention": SqueezedHeads()}
         distillation = Distillation(teacher, objectives)

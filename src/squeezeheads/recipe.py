@@ -160,8 +160,9 @@ def _chosen(options: Any) -> dict[str, Any]:
 
 def recipe_parser(prog: str, description: str) -> Any:
     """A jsonargparse parser with an option for every key of a recipe."""
-    from jsonargparse import ArgumentParser
+    from jsonargparse import ArgumentParser, set_parsing_settings
 
+    set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
     parser.add_argument("recipe", type=str, help="YAML file")
     parser.add_argument("--recipe_file", action="config", help="==SUPPRESS==")
@@ -222,8 +223,12 @@ def _overrides(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
 
 
 def _check_mappings(kind: Any, value: Any, key: str) -> None:
+    if value is None:
+        if kind is not Any and type(None) not in get_args(kind):
+            raise ValueError(f"{key or 'recipe'}: expected a value, got nothing.")
+        return
     option = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)
-    if option is None or value is None:
+    if option is None:
         return
     if not isinstance(value, dict):
         raise ValueError(f"{key or 'recipe'}: expected a mapping of options, got {value!r}.")

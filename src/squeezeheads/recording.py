@@ -55,7 +55,6 @@ class AttentionRecording(Sequence[AttentionRecord]):
 class record_attention:
     """Context manager: record the attention of one forward pass of ``model``.
 
-    ::
 
         with torch.no_grad(), record_attention(teacher) as taught:
             teacher(**batch)

@@ -95,11 +95,13 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     output = Path(recipe.output)
-    _claim(output, recipe)
+    _check_output(output, recipe)
     task = recipe.chosen_task
     models = _models(task, recipe)
     splits = task.load_data()
     _check_models(models, recipe, splits)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "recipe.json").write_text(json.dumps(dump_recipe(recipe), indent=1))
 
     teacher = _teacher(models, recipe, splits, output, console)
     yardstick = _plan(models, recipe, splits, teacher, output, console)
@@ -119,6 +121,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     _draw(models, splits, teacher, yardstick, output)
     (output / "results.json").write_text(json.dumps(results, indent=1))
     (output / "results.md").write_text(result_markdown(results))
+    shutil.rmtree(output / "work", ignore_errors=True)
     console.print(result_table(results))
     console.print(
         f"student: {output / 'student'}   pictures: {output / 'figures'}   numbers: {output / 'results.json'}"
@@ -132,8 +135,11 @@ def evaluate(recipe: Recipe, model_path: str | None = None) -> dict[str, float]:
     Args:
         model_path: folder or hub name; by default the student that the recipe's run left.
 
+    Returns:
+        The task's metrics; and ``attention``, nats per row and head, where the run left a teacher and a plan.
+
     Raises:
-        RecipeError: there is no such model.
+        RecipeError: a recipe that could not be run, or no such model.
     """
     path = Path(model_path) if model_path is not None else Path(recipe.output) / "student"
     if model_path is None and not (path / "config.json").is_file():
@@ -141,17 +147,29 @@ def evaluate(recipe: Recipe, model_path: str | None = None) -> dict[str, float]:
     if model_path is not None and path.exists() and not (path / "config.json").is_file():
         raise RecipeError(f"{path}: no model there (no config.json). Expected a folder that save_pretrained wrote.")
     task = recipe.chosen_task
+    splits = task.load_data()
+    models = _models(task, recipe)
+    _check_models(models, recipe, splits)
     try:
         model = task.load(str(path), recipe.student.attn_implementation)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path}: cannot be loaded: {error}") from error
-    return _measure(model, task, task.load_data().test, recipe.training)
+    metrics = _measure(model, task, splits.test, recipe.training)
+    plan, trained = Path(recipe.output) / "plan.json", Path(recipe.output) / "teacher"
+    yardstick = _attention_objective(recipe)
+    if yardstick is not None and plan.is_file():
+        yardstick.plan_from_json(json.loads(plan.read_text()))
+        teacher = task.load(recipe.teacher.path or str(trained), recipe.teacher.attn_implementation)
+        if model.config.num_attention_heads == len(yardstick.plan[0].groups):
+            batches = _batches(splits.test, recipe.training.batch_size, model.device)
+            metrics["attention"] = attention_fidelity(model, teacher, yardstick, batches)
+    return metrics
 
 
 # -- before any training ---------------------------------------------------------------------------------------------
 
 
-def _claim(output: Path, recipe: Recipe) -> None:
+def _check_output(output: Path, recipe: Recipe) -> None:
     """One output folder belongs to one recipe: results of different recipes must not mix."""
     mine = json.loads(json.dumps(dump_recipe(recipe)))
     stored = output / "recipe.json"
@@ -165,8 +183,6 @@ def _claim(output: Path, recipe: Recipe) -> None:
             )
     elif output.exists() and any(output.iterdir()):
         raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
-    output.mkdir(parents=True, exist_ok=True)
-    stored.write_text(json.dumps(mine, indent=1))
 
 
 def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
@@ -189,17 +205,17 @@ def _check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     batch = default_data_collator(list(splits.train[:4]))
     try:
         teacher, student = models.new_teacher(), models.new_student(recipe.seeds[0])
-        for name, objectives in recipe.arms.items():
-            try:
-                trial = Distillation(teacher, copy.deepcopy(objectives))
-                trial.prepare(student, [batch])
-                with torch.no_grad():
-                    trial(student, batch)
-            except (ValueError, TypeError, RecordingError) as error:
-                where = "objectives" if name == DISTILLED else f"baselines.{name}"
-                raise RecipeError(f"{where}: {error}") from error
-    except OSError as error:
-        raise RecipeError(f"a model cannot be loaded: {error}") from error
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"a model cannot be loaded or built: {error}") from error
+    for name, objectives in recipe.arms.items():
+        try:
+            trial = Distillation(teacher, copy.deepcopy(objectives))
+            trial.prepare(student, [batch])
+            with torch.no_grad():
+                trial(student, batch)
+        except (ValueError, TypeError, RecordingError) as error:
+            where = "objectives" if name == DISTILLED else f"baselines.{name}"
+            raise RecipeError(f"{where}: {error}") from error
     unknown = set(recipe.training.arguments) - {f.name for f in dataclasses.fields(TrainingArguments)}
     if unknown:
         raise RecipeError(f"training.arguments: {', '.join(sorted(unknown))} are no options of TrainingArguments.")
@@ -239,10 +255,9 @@ def _plan(
 
     Without such an objective there is none, and attention is not measured.
     """
-    objective = next((o for o in recipe.arms[DISTILLED].values() if isinstance(o, SqueezedHeads)), None)
+    objective = _attention_objective(recipe)
     if objective is None:
         return None
-    objective = copy.deepcopy(objective)
     stored = output / "plan.json"
     if stored.is_file():
         objective.plan_from_json(json.loads(stored.read_text()))
@@ -256,6 +271,12 @@ def _plan(
         stored.write_text(json.dumps(objective.plan_to_json(), indent=1))
     console.print(plan_table(objective.plan_to_json()))
     return objective
+
+
+def _attention_objective(recipe: Recipe) -> SqueezedHeads | None:
+    """A copy of the recipe's attention objective, if it has one."""
+    squeezed = (o for o in recipe.arms[DISTILLED].values() if isinstance(o, SqueezedHeads))
+    return copy.deepcopy(next(squeezed, None))
 
 
 def _student(

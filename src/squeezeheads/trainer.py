@@ -22,7 +22,6 @@ PLAN_FILE = "squeeze_plan.json"
 class SqueezeTrainer(Trainer):
     """``transformers.Trainer`` whose training loss is a ``squeezeheads.Distillation``.
 
-    ::
 
         trainer = SqueezeTrainer(
             model=student, teacher=teacher, args=TrainingArguments(...), train_dataset=data,

@@ -33,9 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command not in COMMANDS:
         print(f"squeezeheads: {command!r} is no command.\n\n{USAGE}", file=sys.stderr)
         return 2
-    # Read when transformers is imported: its notices and its bars for loading and saving would break up our own.
+    # Read when transformers is imported: its notices about optional packages say nothing about this run.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from squeezeheads.errors import RecipeError
 
     try:
@@ -52,3 +51,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+
+
+def hide_foreign_bars() -> None:
+    """Turns off transformers' bars for loading and saving weights, which would break up our own."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from squeezeheads.cli import hide_foreign_bars
 from squeezeheads.recipe import load_recipe, recipe_parser
 
 
@@ -16,5 +17,6 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_recipe(arguments[0], arguments[1:])
     from squeezeheads.run import distill
 
+    hide_foreign_bars()
     distill(recipe)
     return 0

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from squeezeheads.cli import hide_foreign_bars
 from squeezeheads.recipe import load_recipe
 
 
@@ -20,5 +21,6 @@ def main(arguments: Sequence[str]) -> int:
     recipe = load_recipe(options.recipe, overrides)
     from squeezeheads.run import evaluate
 
+    hide_foreign_bars()
     print(json.dumps(evaluate(recipe, options.model)))
     return 0

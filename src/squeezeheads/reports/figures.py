@@ -90,7 +90,7 @@ def _draw(plt: Any, rows: Sequence[_Row]) -> Any:
         for attention, title, column in zip(row.maps, row.titles, row.columns, strict=True):
             axis = line[column]
             axis.set_axis_on()
-            axis.imshow(attention, cmap="magma", vmin=0)
+            axis.imshow(attention.numpy(), cmap="magma", vmin=0)
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(title, fontsize=7)

@@ -1,0 +1,246 @@
+"""Commands: the whole job in small, and every mistake answered in words before any training."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForImageClassification
+
+from squeezeheads.cli import main
+from squeezeheads.recipe import shipped_recipe
+from tiny import classifier
+
+SMALL = {
+    "task": {"image_classification": {"data": "digits"}},
+    "teacher": {
+        "config": {
+            "model_type": "vit",
+            "hidden_size": 24,
+            "intermediate_size": 48,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 6,
+            "patch_size": 4,
+        },
+        "training": {"max_steps": 4, "batch_size": 16},
+    },
+    "student": {"config": {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 1}},
+    "objectives": {"task": {"weight": 0.5}, "logits": {"weight": 0.5}, "attention": {"calibration_batches": 1}},
+    "baselines": {"no teacher": {"task": {}}},
+    "training": {"max_steps": 3, "batch_size": 16, "log_every": 1, "save_every": 2},
+    "seeds": [0, 1],
+}
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """Writes the small recipe with changes ``{"a.b": value}`` and returns its path."""
+
+    def write(**changes) -> str:
+        tree = json.loads(json.dumps({**SMALL, "output": str(tmp_path / "run")}))
+        for key, value in changes.items():
+            node = tree
+            *parents, last = key.split("__")
+            for parent in parents:
+                node = node.setdefault(parent, {})
+            node[last] = value
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(tree))
+        return str(path)
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The small recipe, carried out once."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "output": str(folder / "run")}))
+    assert main(["distill", str(path)]) == 0
+    return path, folder / "run"
+
+
+def test_distill_leaves_table_pictures_and_plain_students(finished):
+    _, output = finished
+    results = json.loads((output / "results.json").read_text())
+    assert list(results["students"]) == ["no teacher", "distilled"]
+    for name, runs in results["students"].items():
+        assert [run["seed"] for run in runs] == [0, 1]
+        for run in runs:
+            assert 0 <= run["accuracy"] <= 1 and run["parameters"] > 0 and run["attention"] > 0
+            assert len(run["losses"]) == 3 and ("attention" in run["losses"][0]) == (name == "distilled")
+    table = (output / "results.md").read_text()
+    assert "teacher" in table and "distilled" in table and "±" in table
+    assert (output / "figures" / "layer-0.png").stat().st_size > 5000
+    student = AutoModelForImageClassification.from_pretrained(output / "student")
+    assert student.config.num_attention_heads == 3 and student.config.hidden_size == 12
+    assert {p.name for p in (output / "student").iterdir()} == {"config.json", "model.safetensors"}
+    assert not list(output.rglob("*.bin")) and not list(output.rglob("*.pt")), "no pickle is left"
+
+
+def test_students_of_a_seed_start_alike_and_see_the_same_data(finished, tmp_path):
+    """With the teacher's terms weighed 0, the distilled student is the one without a teacher, bit for bit."""
+    weightless = {"task": {"weight": 1.0}, "logits": {"weight": 0.0}, "attention": {"weight": 0.0}}
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**SMALL, "objectives": weightless, "output": str(tmp_path / "run")}))
+    assert main(["distill", str(path)]) == 0
+    for seed in (0, 1):
+        a, b = (
+            load_file(tmp_path / "run" / "students" / name / f"seed-{seed}" / "model.safetensors")
+            for name in ("no-teacher", "distilled")
+        )
+        assert all((a[key] == b[key]).all() for key in a)
+
+
+def test_started_again_nothing_is_done_twice(finished):
+    path, output = finished
+    files = {p: p.stat().st_mtime_ns for p in output.rglob("model.safetensors") if "student/" not in str(p)}
+    assert main(["distill", str(path)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in files} == files
+
+
+def test_another_recipe_in_the_same_folder_is_refused(finished, capsys):
+    path, _ = finished
+    assert main(["distill", str(path), "--training.learning_rate", "0.1"]) == 2
+    assert "training.learning_rate" in capsys.readouterr().err
+
+
+def test_evaluate_prints_what_the_run_measured(finished, capsys):
+    path, output = finished
+    results = json.loads((output / "results.json").read_text())
+    assert main(["evaluate", str(path)]) == 0
+    best = max(results["students"]["distilled"], key=lambda run: run["validation"]["accuracy"])
+    metrics = json.loads(capsys.readouterr().out)
+    assert metrics["accuracy"] == best["accuracy"]
+    assert metrics["attention"] == pytest.approx(best["attention"], rel=1e-5)
+    assert main(["evaluate", str(path), "--model", str(output / "teacher")]) == 0
+    assert json.loads(capsys.readouterr().out)["accuracy"] == results["teacher"]["accuracy"]
+
+
+def test_pretrained_teacher_and_student(recipe, tmp_path):
+    classifier(4, width=24, patch_size=4).save_pretrained(tmp_path / "teacher")
+    classifier(2, width=12, patch_size=4).save_pretrained(tmp_path / "student")
+    path = recipe(teacher={"path": str(tmp_path / "teacher")}, student={"path": str(tmp_path / "student")}, seeds=[0])
+    assert main(["distill", path]) == 0
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert [len(layer["groups"]) for layer in plan] == [2, 2]
+
+
+def test_unknown_training_arguments_are_named(recipe, capsys):
+    assert main(["distill", recipe(training__arguments={"adam_beta2": 0.95, "max_steeps": 3})]) == 2
+    assert "max_steeps" in capsys.readouterr().err
+
+
+MISTAKES = {
+    "head count of 0": ({"student__config__num_attention_heads": 0}, "student.config.num_attention_heads=0"),
+    "teacher head count of 0": ({"teacher__config__num_attention_heads": 0}, "teacher.config.num_attention_heads=0"),
+    "heads that do not divide": ({"student__config__num_attention_heads": 5}, "hidden_size=12 is no multiple"),
+    "unknown option of a model": ({"student__config__num_heads": 3}, "student.config.num_heads is no option"),
+    "unknown model type": ({"teacher__config__model_type": "vitt"}, "Did you mean"),
+    "different token counts": ({"student__config__patch_size": 2}, "17 queries × 17 keys against 5 × 5"),
+    "eager student": ({"student__attn_implementation": "eager"}, 'attn_implementation="sdpa"'),
+    "eager teacher": ({"teacher__attn_implementation": "eager"}, 'attn_implementation="sdpa"'),
+    "unknown kernel": ({"student__attn_implementation": "warp"}, "warp"),
+    "no such teacher": ({"teacher": {"path": "nowhere/at/all"}}, "nowhere/at/all"),
+    "different classes": ({"student__config__num_labels": 7}, "(4, 7)"),
+    "layer out of range": ({"objectives__attention__layers": [[0, 9]]}, "[0, 9]"),
+    "wrong key": ({"objectives__attention__weigth": 1}, "Did you mean 'weight'?"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_distill_refuses_before_training(recipe, tmp_path, capsys, mistake):
+    changes, message = MISTAKES[mistake]
+    assert main(["distill", recipe(**changes)]) == 2
+    answer = capsys.readouterr().err
+    assert message in answer
+    assert "Traceback" not in answer
+    assert not (tmp_path / "run").exists(), "something was done first"
+
+
+@pytest.mark.parametrize("command", ["distill", "evaluate"])
+def test_commands_refuse_missing_file_and_wrong_key(recipe, capsys, command):
+    assert main([command, "not/there.yaml"]) == 2
+    assert "not/there.yaml: no such recipe" in capsys.readouterr().err
+    assert main([command, recipe(), "--trainning.max_steps", "3"]) == 2
+    assert "'trainning'" in capsys.readouterr().err
+
+
+def test_demo_refuses_what_distill_refuses(capsys, tmp_path):
+    assert main(["demo", "--sides", "3"]) == 2
+    assert "'sides'" in capsys.readouterr().err
+    new = ["demo", "--output", str(tmp_path / "a")]
+    for mistake, message in (
+        (["--student.config.num_attention_heads", "0"], "num_attention_heads=0"),
+        (["--student.config.patch_size", "4"], "5 queries × 5 keys against 17 × 17"),
+        (["--teacher.attn_implementation", "eager"], 'attn_implementation="sdpa"'),
+    ):
+        assert main([*new, *mistake]) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [([], "no student there"), (["--model", "{tmp}"], "no model there"), (["--model", "no/such"], "no/such")],
+)
+def test_evaluate_refuses_models_that_are_not_there(recipe, tmp_path, capsys, arguments, message):
+    assert main(["evaluate", recipe(), *(a.format(tmp=tmp_path) for a in arguments)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_evaluate_refuses_what_distill_refuses(finished, capsys):
+    path, _ = finished
+    assert main(["evaluate", str(path), "--student.config.num_attention_heads", "0"]) == 2
+    assert "num_attention_heads=0" in capsys.readouterr().err
+    assert main(["evaluate", str(path), "--student.attn_implementation", "eager"]) == 2
+    assert 'attn_implementation="sdpa"' in capsys.readouterr().err
+    assert main(["evaluate", str(path), "--student.config.patch_size", "2"]) == 2
+    assert "17 queries × 17 keys against 5 × 5" in capsys.readouterr().err
+
+
+def test_foreign_folder_is_not_written_to(recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert main(["distill", recipe()]) == 2
+    assert "--output" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_usage(capsys):
+    assert main([]) == 2
+    assert main(["--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("distill", "evaluate", "demo"))
+    assert main(["destill"]) == 2
+    assert "'destill'" in capsys.readouterr().err
+    assert main(["distill", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--objectives.attention.schedule" in text or "objectives.attention" in text
+    assert "Peak learning rate" in text
+
+
+def test_console_script_runs_in_a_fresh_process(tmp_path):
+    script = Path(sys.executable).parent / "squeezeheads"
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([script, "distill", tmp_path / "x.yaml"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 2 and "no such recipe" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_demo_in_full(tmp_path):
+    """The shipped demo on one seed: the teacher clearly beats chance and its students."""
+    assert main(["demo", "--seeds", "[0]", "--output", str(tmp_path / "run")]) == 0
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["teacher"]["accuracy"] > 0.9
+    assert set(results["students"]) == set(yaml.safe_load(shipped_recipe("digits").read_text())["baselines"]) | {
+        "distilled"
+    }
+    fidelity = {name: runs[0]["attention"] for name, runs in results["students"].items()}
+    assert fidelity["distilled"] < min(fidelity["no teacher"], fidelity["logit KD"])

@@ -1,0 +1,140 @@
+"""Recipes: the shipped ones parse, every mistake is named with its key, nothing is imported from one."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from squeezeheads.errors import RecipeError
+from squeezeheads.objectives import OBJECTIVES
+from squeezeheads.recipe import Objectives, TaskChoice, dump_recipe, load_recipe, shipped_recipe
+from squeezeheads.tasks import TASKS
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
+DIGITS = shipped_recipe("digits").read_text()
+
+
+@pytest.fixture
+def write(tmp_path):
+    def writer(text: str) -> Path:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text)
+        return path
+
+    return writer
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_parse_and_survive_a_round_trip(path, write):
+    recipe = load_recipe(path)
+    again = load_recipe(write(yaml.safe_dump(dump_recipe(recipe))))
+    assert dump_recipe(again) == dump_recipe(recipe)
+
+
+def test_recipes_know_every_objective_and_task():
+    assert [f.name for f in dataclasses.fields(Objectives)] == list(OBJECTIVES)
+    assert [f.name for f in dataclasses.fields(TaskChoice)] == list(TASKS)
+
+
+def test_overrides_reach_every_depth():
+    overrides = ["--training.max_steps", "7", "--objectives.attention.weights=joint", "--seeds", "[4, 5]"]
+    recipe = load_recipe(shipped_recipe("digits"), [*overrides, "--student.config.num_attention_heads", "2"])
+    assert recipe.training.max_steps == 7 and recipe.seeds == [4, 5]
+    assert recipe.arms["distilled"]["attention"].weights == "joint"
+    assert recipe.student.config["num_attention_heads"] == 2
+    assert recipe.student.config["hidden_size"] == 36, "an override must not drop its neighbours"
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("decay: linear", "decai: linear", r"'objectives\.attention\.decai'.*'decay'"),
+        ("decay: linear", "decay: quick", r"objectives\.attention\.decay.*'none', 'linear', 'cosine'.*quick"),
+        ("temperature: 2.0", "temperature: -2.0", r"objectives\.logits\.temperature=-2\.0.*positive"),
+        ("temperature: 2.0", "temperature: warm", r"objectives\.logits\.temperature.*float.*warm"),
+        ("teacher:", "teecher:", "'teecher'.*'teacher'"),
+        ("task: {weight: 0.5}", "tusk: {weight: 0.5}", r"'objectives\.tusk'.*'task'"),
+        ("  image_classification:", "  image_clasification:", "'task.image_clasification'"),
+        ("data: digits", "data: cifar", "data.*'digits'.*cifar"),
+        ("seeds: [0, 1, 2]", "seeds: []", "at least one seed"),
+        ("seeds: [0, 1, 2]", "seeds: [1, 1]", "each once"),
+        ("seeds: [0, 1, 2]", "seeds: [0, 1", "no valid YAML"),
+        ("max_steps: 500", "max_steps: 0", r"teacher\.training\.max_steps=0.*at least 1"),
+        ("model_type: vit", "hidden_act: gelu", "names no model_type"),
+        ("  no teacher:\n    task: {weight: 1.0}", "  no teacher: {}", r"baselines\.no teacher is empty"),
+        ("no teacher:", "distilled:", r"baselines\.distilled.*taken"),
+        ("student:", "student: big\nbaselines:", "student: expected a mapping.*'big'"),
+        ("  config:\n    model_type: vit", "  path: there\n  config:\n    model_type: vit", "path='there' and config"),
+    ],
+)
+def test_mistakes_are_named_with_key_and_expectation(write, old, new, message):
+    assert old in DIGITS
+    with pytest.raises(RecipeError, match=message):
+        load_recipe(write(DIGITS.replace(old, new, 1)))
+
+
+def test_missing_file_is_named(tmp_path):
+    with pytest.raises(RecipeError, match=r"nothing\.yaml: no such recipe"):
+        load_recipe(tmp_path / "nothing.yaml")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        ("task: {weight: 0.5}", "task: spyware.Spy"),
+        ("task: {weight: 0.5}", "task: {class_path: spyware.Spy}"),
+        ("data: digits", "data: spyware.Spy"),
+        ("data: digits", "class_path: spyware.Spy"),
+        ("  config:\n    hidden_size: 36", "  class_path: spyware.Spy\n  config:\n    hidden_size: 36"),
+        ("seeds: [0, 1, 2]", "seeds: !!python/object/apply:spyware.Spy []"),
+        ("output: runs/digits", "output: {class_path: spyware.Spy}"),
+    ],
+)
+@pytest.mark.parametrize("by_override", [False, True])
+def test_a_recipe_imports_nothing(write, tmp_path, monkeypatch, change, by_override):
+    (tmp_path / "spyware.py").write_text("class Spy:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    if by_override:
+        arguments = ["--objectives.task", change[1].split(": ", 1)[-1]]
+        with pytest.raises(RecipeError):
+            load_recipe(shipped_recipe("digits"), arguments)
+    else:
+        with pytest.raises(RecipeError):
+            load_recipe(write(DIGITS.replace(*change, 1)))
+    assert "spyware" not in sys.modules
+
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**6) | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(data=st.data())
+def test_any_change_gives_a_recipe_or_a_recipe_error(tmp_path_factory, data):
+    """Replace, drop or add a key anywhere in the tree."""
+    tree = yaml.safe_load(DIGITS)
+    node = tree
+    while True:
+        key = data.draw(st.sampled_from(sorted(node)))
+        if not isinstance(node[key], dict) or not node[key] or data.draw(st.booleans()):
+            break
+        node = node[key]
+    action = data.draw(st.sampled_from(["replace", "drop", "add"]))
+    if action == "drop":
+        del node[key]
+    else:
+        node[key if action == "replace" else data.draw(st.text(max_size=8))] = data.draw(plain)
+    path = tmp_path_factory.mktemp("fuzz") / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree, allow_unicode=True))
+    try:
+        assert load_recipe(path).arms
+    except RecipeError as error:
+        assert str(error)
