@@ -1,7 +1,11 @@
 import os
 
-import torch
-from hypothesis import HealthCheck, settings
+# Before transformers is imported: tests ask no hub, and its notices about optional packages are noise.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import torch  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 # One thread: the tensors are small, and results must not depend on how many cores the machine has.
 torch.set_num_threads(1)

@@ -126,7 +126,11 @@ class AttentionRecord:
         """
         dtype = compute_dtype(self.query)
         query = take_heads(self.query[batch, :, rows], heads).to(dtype)
-        key = take_heads(self.key[batch, :, keys], [self.key_value_head(h) for h in heads]).to(dtype)
+        # Shared keys are converted before they are repeated, so that their gradients are summed in the compute dtype.
+        serving = [self.key_value_head(h) for h in heads]
+        distinct = sorted(set(serving))
+        key = take_heads(self.key[batch, :, keys], distinct).to(dtype)
+        key = take_heads(key, [distinct.index(h) for h in serving])
         scores = (query * (self.scale / temperature)) @ key.transpose(-1, -2)
         allowed, bias = self.mask_tile(batch, heads, rows, keys)
         if bias is not None:

@@ -34,7 +34,7 @@ def attention_divergence(
         student_record: (B, S, Q, D) queries, any key/value heads. The gradient flows to its query and key, and to its
             attention mask where that is a learned bias.
         teacher_record: (B, T, Q, D'), its own head width and key/value heads. No gradient.
-        mix: (B, S, T) from ``mixing_matrix``; rows non-negative, summing to 1. No gradient.
+        mix: (B, S, T) from ``mixing_matrix``; rows non-negative, taken relative to their sum. No gradient.
         rows: (B, Q), bool or weights: the query rows that count. ``None`` counts all.
         temperature: both models' scores are divided by it before their softmax; teacher heads are mixed after it.
         reduction: ``"mean"``: Σ weight · KL / Σ weight over valid rows and student heads, in nats per valid row and
@@ -69,7 +69,9 @@ def attention_divergence(
             f"{student_record.name!r} and teacher {teacher_record.name!r}."
         )
     weights = check_rows(rows, student_record)
-    return _IMPLEMENTATIONS[name](student_record, teacher_record, mix.detach(), weights, temperature, reduction)
+    mix = mix.detach()
+    mix = mix / mix.sum(-1, keepdim=True)  # rounded weights (bf16) would leave P short of 1
+    return _IMPLEMENTATIONS[name](student_record, teacher_record, mix, weights, temperature, reduction)
 
 
 def check_comparable(student: AttentionRecord, teacher: AttentionRecord) -> None:

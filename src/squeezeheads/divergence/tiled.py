@@ -72,7 +72,7 @@ class _TotalDivergence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _OnceOnly.apply(grad_total, *ctx.saved_tensors)
+        grads = _OnceOnly.apply(_watched(grad_total), *ctx.saved_tensors)
         return *_cast(grads, ctx.dtypes), None
 
 
@@ -95,9 +95,12 @@ class _RowDivergence(torch.autograd.Function):
         sweep = _Sweep(ctx.problem, gradient=True, factors=grad_rows.detach())
         sweep.run()
         one = torch.ones((), dtype=grad_rows.dtype, device=grad_rows.device)
-        if torch.is_grad_enabled():
-            one = one + 0 * grad_rows.sum()  # keeps the graph to the clear error of a second derivative
-        return *_cast(_OnceOnly.apply(one, *sweep.gradients()), ctx.dtypes), None
+        return *_cast(_OnceOnly.apply(_watched(one), *sweep.gradients()), ctx.dtypes), None
+
+
+def _watched(factor: Tensor) -> Tensor:
+    """Under ``create_graph`` every gradient must lead to the error of ``_OnceOnly``, whatever the factor depends on."""
+    return factor.detach().requires_grad_() if torch.is_grad_enabled() else factor
 
 
 class _OnceOnly(torch.autograd.Function):

@@ -213,7 +213,7 @@ def isometry(weight: Tensor, group: tuple[int, ...]) -> Tensor:
     teacher is frozen.
     """
     kept = _isometries.setdefault(weight, {})
-    key = (group, weight._version)
+    key = (group, 0 if weight.is_inference() else weight._version)
     if key not in kept:
         stacked = weight.detach()[list(group)].flatten(0, 1).double()  # (k·Dv, E)
         if stacked.shape[0] < stacked.shape[1]:
