@@ -27,6 +27,7 @@ SMALL = {
             "num_hidden_layers": 2,
             "num_attention_heads": 6,
             "patch_size": 4,
+            "hidden_dropout_prob": 0.1,
         },
         "training": {"max_steps": 4, "batch_size": 16},
     },

@@ -101,7 +101,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     splits = task.load_data()
     _check_models(models, recipe, splits)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "recipe.json").write_text(json.dumps(dump_recipe(recipe), indent=1))
+    _store(output / "recipe.json", dump_recipe(recipe))
 
     teacher = _teacher(models, recipe, splits, output, console)
     yardstick = _plan(models, recipe, splits, teacher, output, console)
@@ -119,7 +119,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     }
     _keep_best(results, task, output)
     _draw(models, splits, teacher, yardstick, output)
-    (output / "results.json").write_text(json.dumps(results, indent=1))
+    _store(output / "results.json", results)
     (output / "results.md").write_text(result_markdown(results))
     shutil.rmtree(output / "work", ignore_errors=True)
     console.print(result_table(results))
@@ -244,7 +244,7 @@ def _teacher(models: Models, recipe: Recipe, splits: Splits, output: Path, conso
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         measured = _measure(teacher, models.task, splits.test, training)
-        done.write_text(json.dumps({**measured, "parameters": teacher.num_parameters()}))
+        _store(done, {**measured, "parameters": teacher.num_parameters()})
     return teacher
 
 
@@ -268,7 +268,7 @@ def _plan(
             splits, output / "work" / "plan",
         )  # fmt: skip
         trainer.prepare()
-        stored.write_text(json.dumps(objective.plan_to_json(), indent=1))
+        _store(stored, objective.plan_to_json())
     console.print(plan_table(objective.plan_to_json()))
     return objective
 
@@ -319,7 +319,7 @@ def _student(
     if yardstick is not None:
         batches = _batches(splits.test, recipe.training.batch_size, student.device)
         result["attention"] = attention_fidelity(student, teacher, yardstick, batches)
-    done.write_text(json.dumps(result))
+    _store(done, result)
     shutil.rmtree(work, ignore_errors=True)
     return result
 
@@ -434,6 +434,13 @@ def _printer() -> Any:
     from transformers import PrinterCallback
 
     return PrinterCallback
+
+
+def _store(path: Path, value: Any) -> None:
+    """Write JSON in one move: a file that marks a step as done is whole or not there."""
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
+    part.replace(path)
 
 
 def _slug(name: str) -> str:
