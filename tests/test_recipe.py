@@ -37,6 +37,12 @@ def test_shipped_recipes_parse_and_survive_a_round_trip(path, write):
     assert dump_recipe(again) == dump_recipe(recipe)
 
 
+def test_a_path_is_no_pattern(tmp_path):
+    path = tmp_path / "[a]*.yaml"
+    path.write_text(DIGITS.replace("seeds: [0, 1, 2]", "seeds: [5]"))
+    assert load_recipe(path).seeds == [5]
+
+
 def test_recipes_know_every_objective_and_task():
     assert [f.name for f in dataclasses.fields(Objectives)] == list(OBJECTIVES)
     assert [f.name for f in dataclasses.fields(TaskChoice)] == list(TASKS)

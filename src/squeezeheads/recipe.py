@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -158,14 +159,14 @@ def _chosen(options: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def recipe_parser(prog: str, description: str) -> Any:
-    """A jsonargparse parser with an option for every key of a recipe."""
+def recipe_parser(prog: str, description: str, path: str | Path | None = None) -> Any:
+    """A jsonargparse parser with an option for every key of a recipe; those that ``path`` gives are its defaults."""
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False)
+    files = [glob.escape(str(path))] if path is not None else None  # jsonargparse takes them for patterns
+    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_config_files=files)
     parser.add_argument("recipe", type=str, help="YAML file")
-    parser.add_argument("--recipe_file", action="config", help="==SUPPRESS==")
     parser.add_class_arguments(Recipe, None)
     return parser
 
@@ -185,9 +186,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not Path(path).is_file():
         raise RecipeError(f"{path}: no such recipe. Expected a YAML file; `squeezeheads demo` runs a shipped one.")
     _refuse_imports(Path(path), overrides)
-    parser = recipe_parser("squeezeheads", "")
+    parser = recipe_parser("squeezeheads", "", path)
     try:
-        parsed = parser.parse_args([str(path), "--recipe_file", str(path), *overrides]).as_dict()
+        parsed = parser.parse_args([str(path), *overrides]).as_dict()
     except ArgumentError as error:
         raise RecipeError(f"{path}: {_readable(str(error))}") from error
     values = {f.name: parsed[f.name] for f in dataclasses.fields(Recipe)}
