@@ -140,10 +140,9 @@ class record_attention:
             stack.append(path)
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            # A failed forward may leave deeper modules on the stack: unwind to this one.
-            while stack and not _in_backward():
-                if stack.pop() == path:
-                    break
+            # Called after errors too, even where a pre-hook before ours failed and this module never entered.
+            if stack and stack[-1] == path and not _in_backward():
+                stack.pop()
 
         return enter, leave
 
