@@ -32,7 +32,8 @@ def main() -> None:
     teacher = runs[GRID[0]]["teacher"]
     rows = [["teacher", "", f"{teacher['accuracy']:.3f}", "", ""], *(_row(arm) for arm in arms)]
     print_table(HEAD, rows)
-    shutil.copyfile(sorted((work / GRID[1] / "figures").glob("*.png"))[-1], ROOT / "docs" / "images" / "attention.png")
+    figures = work / arms[-1]["learning_rate"] / "figures"  # of the recipe's own objectives, the last set
+    shutil.copyfile(sorted(figures.glob("*.png"))[-1], ROOT / "docs" / "images" / "attention.png")
     _write_readme(rows)
     recipe = json.loads((work / GRID[0] / "recipe.json").read_text())
     write_result(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.objectives import Evidence, Objective, SqueezedHeads
+from squeezeheads.objectives import Evidence, Objective
 from squeezeheads.recording import AttentionRecording, record_attention
 
 Inputs = Mapping[str, Any]
@@ -107,7 +107,7 @@ class Distillation:
     @property
     def calibration_batches(self) -> int:
         """How many batches ``prepare`` can make use of."""
-        return max((o.calibration_batches for o in self.objectives.values() if isinstance(o, SqueezedHeads)), default=1)
+        return max(objective.batches_to_prepare for objective in self.objectives.values())
 
     def prepare(self, student: nn.Module, batches: Sequence[Inputs]) -> None:
         """Run both models once without gradients, check that they fit, and let objectives decide what to record.

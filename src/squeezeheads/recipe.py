@@ -12,6 +12,7 @@ import glob
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -164,7 +165,9 @@ def recipe_parser(prog: str, description: str, path: str | Path | None = None) -
     from jsonargparse import ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    files = [glob.escape(str(path))] if path is not None else None  # jsonargparse takes them for patterns
+    files: list[str | PathLike[str]] | None = (
+        [glob.escape(str(path))] if path is not None else None
+    )  # jsonargparse takes them for patterns
     parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_config_files=files)
     parser.add_argument("recipe", type=str, help="YAML file")
     parser.add_class_arguments(Recipe, None)

@@ -14,70 +14,29 @@ Each step that is done is marked by its file: started again, a run goes on where
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import shutil
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainingArguments, default_data_collator, set_seed
+from transformers import PreTrainedModel, TrainingArguments, default_data_collator
 from transformers.trainer_utils import get_last_checkpoint
 
-from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation import attention_fidelity
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
+from squeezeheads.preflight import TEACHER_SEED, Models, check_models, check_output, make_models
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
-from squeezeheads.recording import RecordingError
 from squeezeheads.reports.figures import attention_figures
 from squeezeheads.reports.progress import ProgressBar
 from squeezeheads.reports.tables import plan_table, result_markdown, result_table
 from squeezeheads.tasks import Splits, Task
-from squeezeheads.tasks.modeling import new_config
-from squeezeheads.trainer import PLAN_FILE, SqueezeTrainer
-
-TEACHER_SEED = 0
-
-
-@dataclass
-class Models:
-    """How the models of a recipe are made."""
-
-    task: Task
-    recipe: Recipe
-
-    def __post_init__(self) -> None:
-        from transformers import AutoConfig
-
-        teacher, student = self.recipe.teacher, self.recipe.student
-        if teacher.path is not None:
-            self.teacher_config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
-        else:
-            self.teacher_config = new_config(self.task, teacher.config, "teacher.config")
-        if student.path is None:
-            self.student_config = new_config(self.task, student.config, "student.config", base=self.teacher_config)
-
-    def new_teacher(self) -> PreTrainedModel:
-        """The pretrained teacher, or one with random weights."""
-        spec = self.recipe.teacher
-        if spec.path is not None:
-            return self.task.load(spec.path, spec.attn_implementation)
-        set_seed(TEACHER_SEED)
-        return self.task.build(copy.deepcopy(self.teacher_config), spec.attn_implementation)
-
-    def new_student(self, seed: int) -> PreTrainedModel:
-        """A student as it is before training: the same for every set of objectives."""
-        spec = self.recipe.student
-        if spec.path is not None:
-            return self.task.load(spec.path, spec.attn_implementation)
-        set_seed(seed)
-        return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation)
+from squeezeheads.trainer import SqueezeTrainer
 
 
 def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
@@ -95,11 +54,11 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """
     console = console or Console()
     output = Path(recipe.output)
-    _check_output(output, recipe)
+    check_output(output, recipe)
     task = recipe.chosen_task
-    models = _models(task, recipe)
+    models = make_models(task, recipe)
     splits = task.load_data()
-    _check_models(models, recipe, splits)
+    check_models(models, recipe, splits)
     output.mkdir(parents=True, exist_ok=True)
     _store(output / "recipe.json", dump_recipe(recipe))
 
@@ -148,8 +107,8 @@ def evaluate(recipe: Recipe, model_path: str | None = None) -> dict[str, float]:
         raise RecipeError(f"{path}: no model there (no config.json). Expected a folder that save_pretrained wrote.")
     task = recipe.chosen_task
     splits = task.load_data()
-    models = _models(task, recipe)
-    _check_models(models, recipe, splits)
+    models = make_models(task, recipe)
+    check_models(models, recipe, splits)
     try:
         model = task.load(str(path), recipe.student.attn_implementation)
     except (OSError, ValueError) as error:
@@ -164,61 +123,6 @@ def evaluate(recipe: Recipe, model_path: str | None = None) -> dict[str, float]:
             batches = _batches(splits.test, recipe.training.batch_size, model.device)
             metrics["attention"] = attention_fidelity(model, teacher, yardstick, batches)
     return metrics
-
-
-# -- before any training ---------------------------------------------------------------------------------------------
-
-
-def _check_output(output: Path, recipe: Recipe) -> None:
-    """One output folder belongs to one recipe: results of different recipes must not mix."""
-    mine = json.loads(json.dumps(dump_recipe(recipe)))
-    stored = output / "recipe.json"
-    if stored.is_file():
-        theirs = json.loads(stored.read_text())
-        different = sorted(_different_keys(mine, theirs))
-        if different:
-            raise RecipeError(
-                f"output={output} holds a run of another recipe: {', '.join(different)} differ. Choose another folder "
-                "with --output, or delete this one."
-            )
-    elif output.exists() and any(output.iterdir()):
-        raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
-
-
-def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
-    if isinstance(a, dict) and isinstance(b, dict):
-        for name in {*a, *b}:
-            yield from _different_keys(a.get(name), b.get(name), f"{key}.{name}" if key else name)
-    elif a != b:
-        yield key
-
-
-def _models(task: Task, recipe: Recipe) -> Models:
-    try:
-        return Models(task, recipe)
-    except OSError as error:
-        raise RecipeError(f"teacher.path={recipe.teacher.path!r} cannot be loaded: {error}") from error
-
-
-def _check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
-    """One batch through both models, trained or not: what does not fit shows before hours are spent."""
-    batch = default_data_collator(list(splits.train[:4]))
-    try:
-        teacher, student = models.new_teacher(), models.new_student(recipe.seeds[0])
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"a model cannot be loaded or built: {error}") from error
-    for name, objectives in recipe.arms.items():
-        try:
-            trial = Distillation(teacher, copy.deepcopy(objectives))
-            trial.prepare(student, [batch])
-            with torch.no_grad():
-                trial(student, batch)
-        except (ValueError, TypeError, RecordingError) as error:
-            where = "objectives" if name == DISTILLED else f"baselines.{name}"
-            raise RecipeError(f"{where}: {error}") from error
-    unknown = set(recipe.training.arguments) - {f.name for f in dataclasses.fields(TrainingArguments)}
-    if unknown:
-        raise RecipeError(f"training.arguments: {', '.join(sorted(unknown))} are no options of TrainingArguments.")
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -445,6 +349,3 @@ def _store(path: Path, value: Any) -> None:
 
 def _slug(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
-
-
-__all__ = ["PLAN_FILE", "Models", "distill", "evaluate"]

@@ -14,7 +14,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from squeezeheads.distillation import Distillation, labelled_targets, next_token_targets
-from squeezeheads.objectives import Objective, SqueezedHeads
+from squeezeheads.objectives import Objective
 
 PLAN_FILE = "squeeze_plan.json"
 
@@ -87,8 +87,8 @@ class SqueezeTrainer(Trainer):
             resume: take up the stored plan of an earlier start where there is one.
         """
         stored = Path(str(self.args.output_dir)) / PLAN_FILE
-        squeezed = {n: o for n, o in self.distillation.objectives.items() if isinstance(o, SqueezedHeads)}
-        if self.distillation.prepared or not squeezed:
+        squeezed = {n: o for n, o in self.distillation.objectives.items() if "attention" in o.needs}
+        if self.distillation.prepared:
             return
         plans: dict[str, Any] = {}
         if resume and stored.is_file():

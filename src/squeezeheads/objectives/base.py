@@ -67,6 +67,18 @@ class Objective:
         "attention". Checks that the models fit and decides what is recorded from then on."""
 
     @property
+    def batches_to_prepare(self) -> int:
+        """How many calibration batches ``prepare`` makes use of."""
+        return 1
+
+    def plan_to_json(self) -> Any:
+        """What ``prepare`` decided, as plain data to be stored with the run; ``None`` where it decides nothing."""
+        return None
+
+    def plan_from_json(self, data: Any) -> None:
+        """Take up what an earlier ``prepare`` decided."""
+
+    @property
     def student_positions(self) -> frozenset[int]:
         """Which of the student's attention calls are recorded, in order of execution from 0. Known after
         ``prepare``."""

@@ -142,12 +142,14 @@ class SqueezedHeads(Objective):
             plan.append(LayerPlan(student.name, teacher.name, s, t, groups))
         self.plan = tuple(plan)
 
+    @property
+    def batches_to_prepare(self) -> int:
+        return self.calibration_batches if self.schedule == "similar" else 1
+
     def plan_to_json(self) -> list[dict[str, Any]]:
-        """The plan as plain data, to be stored with the run."""
         return [{**vars(layer), "groups": [list(group) for group in layer.groups]} for layer in self.plan]
 
     def plan_from_json(self, data: list[dict[str, Any]]) -> None:
-        """Take up a stored plan."""
         self.plan = tuple(LayerPlan(**{**d, "groups": tuple(map(tuple, d["groups"]))}) for d in data)
 
     def __call__(self, evidence: Evidence) -> Tensor:
