@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord, check_rows
@@ -71,7 +72,8 @@ def attention_divergence(
     weights = check_rows(rows, student_record)
     mix = mix.detach()
     mix = mix / mix.sum(-1, keepdim=True)  # rounded weights (bf16) would leave P short of 1
-    return _IMPLEMENTATIONS[name](student_record, teacher_record, mix, weights, temperature, reduction)
+    with torch.autocast(student_record.query.device.type, enabled=False):
+        return _IMPLEMENTATIONS[name](student_record, teacher_record, mix, weights, temperature, reduction)
 
 
 def check_comparable(student: AttentionRecord, teacher: AttentionRecord) -> None:

@@ -17,18 +17,6 @@ def reference_divergence(
     reduction: str,
 ) -> Tensor:
     """See ``squeezeheads.divergence.attention_divergence``; arguments already checked."""
-    with torch.autocast(student.query.device.type, enabled=False):
-        return _dense(student, teacher, mix, rows, temperature, reduction)
-
-
-def _dense(
-    student: AttentionRecord,
-    teacher: AttentionRecord,
-    mix: Tensor,
-    rows: Tensor | None,
-    temperature: float,
-    reduction: str,
-) -> Tensor:
     whole = slice(None), slice(0, student.num_queries), slice(0, student.num_keys)
     batch, queries, keys = whole
     scores, _ = student.score_tile(batch, range(student.num_heads), queries, keys, temperature)
