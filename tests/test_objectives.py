@@ -65,14 +65,11 @@ def test_parts_of_a_batch_add_up_to_the_whole(name):
     gradients = []
     for sizes in ([5], [1, 3, 1], [2, 3]):
         student = language_model(3)
-        distillation = Distillation(teacher, {name: fresh(name)}, targets=next_token_targets)
+        distillation = Distillation(teacher, {name: fresh(name)}, targets=next_token_targets, loss_takes_count=True)
         distillation.prepare(student, [batch])
         counts = distillation.count(batch)
         total = sum(distillation(student, part, counts=counts).loss for part in parts(batch, sizes))
-        if name == "task" and sizes == [1, 3, 1]:
-            # the last part has one token and so no prediction: the model's own mean is not a number
-            assert torch.isfinite(total)
-            continue
+        # The last part of [1, 3, 1] has one token and so no prediction.
         total.backward()
         gradients.append((total.detach(), [p.grad.clone() for p in student.parameters() if p.grad is not None]))
     for loss, grads in gradients[1:]:

@@ -73,6 +73,9 @@ class Distillation:
         rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding.
         targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for
             all. Default: labels other than -100. For causal language models pass ``next_token_targets``.
+        loss_takes_count: whether the student takes ``num_items_in_batch`` and divides its summed loss by it, as
+            transformers' language models do. Then a part of a batch without any label counts nothing; a plain mean
+            over no label is not a number, and neither is its gradient.
 
     Raises:
         ValueError: no objective, or one that needs a teacher where there is none.
@@ -85,6 +88,7 @@ class Distillation:
         *,
         rows: Callable[[Inputs], Tensor | None] = padding_rows,
         targets: Callable[[Inputs], Tensor | None] = labelled_targets,
+        loss_takes_count: bool = False,
     ) -> None:
         if not objectives:
             raise ValueError("objectives is empty: expected at least one, for example {'task': TaskLoss()}.")
@@ -97,6 +101,7 @@ class Distillation:
         self.objectives = dict(objectives)
         self.rows = rows
         self.targets = targets
+        self.loss_takes_count = loss_takes_count
         self.prepared = not any("attention" in o.needs for o in self.objectives.values())
 
     @property
@@ -174,7 +179,7 @@ class Distillation:
                 evidence.teacher = self.teacher(**_without_labels(inputs))
             evidence.taught = dict(zip(teacher_positions, taught, strict=True))
         with _recording(student, student_positions) as learned:
-            evidence.student = student(**inputs)
+            evidence.student = student(**inputs, **self._loss_count(evidence))
         evidence.learned = dict(zip(student_positions, learned, strict=True))
 
         terms: dict[str, Tensor] = {}
@@ -187,12 +192,15 @@ class Distillation:
             share: Tensor | float = 1.0
             if counts is not None:
                 share = mine[name] / counts[name].clamp_min(1)
-            # A mean over no item is not a number in some models; nothing is learned from it.
-            value = torch.where(mine[name] > 0, value, 0.0)
             part = objective.weight_at(progress) * objective.scale * share * value
             loss = part if loss is None else loss + part
         assert loss is not None
         return DistillationOutput(loss, terms, mine, evidence.student)
+
+    def _loss_count(self, evidence: Evidence) -> dict[str, Tensor]:
+        if not self.loss_takes_count or evidence.targets is None or "labels" not in evidence.inputs:
+            return {}
+        return {"num_items_in_batch": evidence.targets.sum().clamp_min(1)}
 
 
 def _count(objective: Objective, inputs: Inputs, rows: Tensor | None, targets: Tensor | None) -> Tensor:

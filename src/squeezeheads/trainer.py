@@ -68,7 +68,9 @@ class SqueezeTrainer(Trainer):
             raise ValueError("compute_loss_func would be ignored: write an Objective instead.")
         super().__init__(model=model, args=args, **kwargs)
         targets = next_token_targets if self._loss_shifts_labels else labelled_targets
-        self.distillation = Distillation(teacher, objectives, targets=targets)
+        self.distillation = Distillation(
+            teacher, objectives, targets=targets, loss_takes_count=self.model_accepts_loss_kwargs
+        )
         if teacher is not None:
             self.distillation.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self._batch_counts: dict[str, Tensor] | None = None
@@ -124,7 +126,7 @@ class SqueezeTrainer(Trainer):
         out = self.distillation(model, inputs, progress=progress, counts=self._batch_counts)
         for name, value in out.terms.items():
             count = out.counts[name]
-            self._sums[name] = self._sums.get(name, 0.0) + torch.where(count > 0, value * count, 0.0)
+            self._sums[name] = self._sums.get(name, 0.0) + value * count
             self._items[name] = self._items.get(name, 0.0) + count
         # Gradients are averaged over processes, but the shares of all processes add up to the loss.
         loss = out.loss * self.accelerator.num_processes
