@@ -170,3 +170,15 @@ def test_wheel_is_whole(tmp_path: Path) -> None:
     assert "squeezeheads/recipes/demo/digits.yaml" in names
     assert "squeezeheads/py.typed" in names
     assert not [name for name in names if not name.startswith("squeezeheads")]
+
+
+def test_a_missing_optional_package_is_named():
+    """As in an environment with torch alone."""
+    code = (
+        "import sys; sys.modules['accelerate'] = None\n"
+        "import squeezeheads\n"
+        "try:\n    squeezeheads.SqueezeTrainer\n"
+        "except ImportError as error:\n    print(error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "squeezeheads[hf]" in done.stdout and "SqueezeTrainer" in done.stdout, done.stderr

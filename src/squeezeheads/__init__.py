@@ -46,5 +46,10 @@ _LAZY = {"SqueezeTrainer": "squeezeheads.trainer"}
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
-        return getattr(importlib.import_module(_LAZY[name]), name)
+        try:
+            return getattr(importlib.import_module(_LAZY[name]), name)
+        except ModuleNotFoundError as error:
+            raise ImportError(
+                f"{name} needs the package {error.name!r}: pip install 'squeezeheads[hf]'.", name=error.name
+            ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
