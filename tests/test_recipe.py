@@ -37,6 +37,12 @@ def test_shipped_recipes_parse_and_survive_a_round_trip(path, write):
     assert dump_recipe(again) == dump_recipe(recipe)
 
 
+def test_a_models_option_may_be_a_mapping(write):
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    recipe = load_recipe(write(DIGITS.replace("hidden_size: 36", f"hidden_size: 36\n    rope_parameters: {rope}")))
+    assert recipe.student.config["rope_parameters"] == rope
+
+
 def test_a_path_is_no_pattern(tmp_path):
     path = tmp_path / "[a]*.yaml"
     path.write_text(DIGITS.replace("seeds: [0, 1, 2]", "seeds: [5]"))

@@ -253,8 +253,10 @@ def _build(kind: Any, value: Any, key: str) -> Any:
     """Dataclasses from plain data whose types are checked already; impossible values are reported with their key."""
     if isinstance(value, dict) and get_origin(kind) is dict:
         return {name: _build(get_args(kind)[1], part, f"{key}{name}.") for name, part in value.items()}
-    if isinstance(value, dict):
-        option: Any = next(k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k))
+    option: Any = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)
+    if (
+        isinstance(value, dict) and option is not None
+    ):  # a mapping may also be an option's value, as in a model's config
         hints = get_type_hints(option)
         parts = {name: _build(hints[name], part, f"{key}{name}.") for name, part in value.items()}
         try:
