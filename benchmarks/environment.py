@@ -25,8 +25,7 @@ def describe_run() -> dict[str, Any]:
 
     return {
         "command": shlex.join(["python", *sys.orig_argv[1:]]),
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted": bool(_git("status", "--porcelain", "--", "src", "benchmarks")),
+        **_CODE,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
         "machine": {
@@ -80,3 +79,10 @@ def _cpu_model() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor()
+
+
+# Asked when a benchmark starts: the code that runs, whatever is committed until it ends.
+_CODE = {
+    "commit": _git("rev-parse", "HEAD"),
+    "uncommitted": bool(_git("status", "--porcelain", "--", "src", "benchmarks")),
+}
