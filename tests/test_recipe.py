@@ -80,6 +80,8 @@ def test_overrides_reach_every_depth():
         ("max_steps: 500", "max_steps: 0", r"teacher\.training\.max_steps=0.*at least 1"),
         ("model_type: vit", "hidden_act: gelu", "names no model_type"),
         ("  no teacher:\n    task: {weight: 1.0}", "  no teacher: {}", r"baselines\.no teacher is empty"),
+        ("logit KD:", "no-teacher:", "clearly different names"),
+        ("seeds: [0, 1, 2]", "seeds: [-1]", "from 0 to"),
         ("no teacher:", "distilled:", r"baselines\.distilled.*taken"),
         ("student:", "student: big\nbaselines:", "student: expected a mapping.*'big'"),
         ("  config:\n    model_type: vit", "  path: there\n  config:\n    model_type: vit", "path='there' and config"),

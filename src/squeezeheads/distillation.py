@@ -192,6 +192,8 @@ class Distillation:
             share: Tensor | float = 1.0
             if counts is not None:
                 share = mine[name] / counts[name].clamp_min(1)
+            # A mean over no item is not a number in models that take no count; it counts nothing.
+            value = torch.where(mine[name] > 0, value, 0.0)
             part = objective.weight_at(progress) * objective.scale * share * value
             loss = part if loss is None else loss + part
         assert loss is not None

@@ -22,6 +22,9 @@ from squeezeheads.tasks.modeling import new_config
 
 TEACHER_SEED = 0
 
+# Options of TrainingArguments that would mix the runs of different students, or make them unequal.
+SET_BY_THE_RUN = {"output_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "resume_from_checkpoint"}
+
 
 @dataclass
 class Models:
@@ -50,9 +53,9 @@ class Models:
     def new_student(self, seed: int) -> PreTrainedModel:
         """A student as it is before training: the same for every set of objectives."""
         spec = self.recipe.student
+        set_seed(seed)  # a pretrained student too: a head that its checkpoint lacks is drawn at random
         if spec.path is not None:
             return self.task.load(spec.path, spec.attn_implementation)
-        set_seed(seed)
         return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation)
 
 
@@ -92,8 +95,10 @@ def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     batch = default_data_collator(list(splits.train[:4]))
     try:
         teacher, student = models.new_teacher(), models.new_student(recipe.seeds[0])
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"a model cannot be loaded or built: {error}") from error
+    except (OSError, ValueError, ImportError) as error:
+        raise RecipeError(
+            f'a model cannot be loaded or built: {error} Attention is recorded under attn_implementation="sdpa" alone.'
+        ) from error
     for name, objectives in recipe.arms.items():
         try:
             trial = Distillation(teacher, copy.deepcopy(objectives))
@@ -103,6 +108,12 @@ def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
         except (ValueError, TypeError, RecordingError) as error:
             where = "objectives" if name == DISTILLED else f"baselines.{name}"
             raise RecipeError(f"{where}: {error}") from error
+    fixed = sorted(set(recipe.training.arguments) & SET_BY_THE_RUN)
+    if fixed:
+        raise RecipeError(
+            f"training.arguments: {', '.join(fixed)} are set by the run itself. Use the recipe's keys: output, seeds "
+            "and those of training."
+        )
     unknown = set(recipe.training.arguments) - {f.name for f in dataclasses.fields(TrainingArguments)}
     if unknown:
         raise RecipeError(f"training.arguments: {', '.join(sorted(unknown))} are no options of TrainingArguments.")

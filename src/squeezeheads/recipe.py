@@ -128,6 +128,14 @@ class Recipe:
             raise ValueError(f"seeds={self.seeds}: expected at least one seed, each once.")
         if DISTILLED in self.baselines:
             raise ValueError(f"baselines.{DISTILLED}: that name is taken by the objectives themselves.")
+        folders = [folder_name(name).casefold() for name in self.arms]
+        for name in self.baselines:
+            if not name or folders.count(folder_name(name).casefold()) > 1:
+                raise ValueError(
+                    f"baselines.{name}: its folder would be another's too. Choose clearly different names."
+                )
+        if not all(0 <= seed < 2**32 for seed in self.seeds):
+            raise ValueError(f"seeds={self.seeds}: expected whole numbers from 0 to 4294967295.")
         for name, objectives in self.arms.items():
             if not objectives:
                 where = "objectives" if name == DISTILLED else f"baselines.{name}"
@@ -153,6 +161,11 @@ class Recipe:
 
 DISTILLED = "distilled"
 """Name of the students that learn from the recipe's own objectives."""
+
+
+def folder_name(name: str) -> str:
+    """The folder of a set of objectives."""
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
 
 
 def _chosen(options: Any) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation import attention_fidelity
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import TEACHER_SEED, Models, check_models, check_output, make_models
-from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
+from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe, folder_name
 from squeezeheads.reports.figures import attention_figures
 from squeezeheads.reports.progress import ProgressBar
 from squeezeheads.reports.tables import plan_table, result_markdown, result_table
@@ -195,7 +195,7 @@ def _student(
     output: Path,
     console: Console,
 ) -> dict[str, Any]:
-    folder = output / "students" / _slug(name) / f"seed-{seed}"
+    folder = output / "students" / folder_name(name) / f"seed-{seed}"
     done = folder / "result.json"
     if done.is_file():
         return json.loads(done.read_text())
@@ -205,7 +205,7 @@ def _student(
             if isinstance(objective, SqueezedHeads):
                 objective.plan = yardstick.plan
     bar = ProgressBar(f"{name} · seed {seed}", console)
-    work = output / "work" / f"{_slug(name)}-{seed}"
+    work = output / "work" / f"{folder_name(name)}-{seed}"
     student = models.new_student(seed)
     trainer = _trainer(student, teacher, objectives, recipe.training, seed, splits, work, bar)
     trainer.distillation.prepared = all(o.plan for o in objectives.values() if isinstance(o, SqueezedHeads))
@@ -232,7 +232,7 @@ def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> None:
     """Copy the distilled student that does best on the validation split to ``student/``."""
     runs = results["students"][DISTILLED]
     best = max(runs, key=lambda run: run["validation"][task.metric])
-    source = output / "students" / _slug(DISTILLED) / f"seed-{best['seed']}"
+    source = output / "students" / folder_name(DISTILLED) / f"seed-{best['seed']}"
     shutil.copytree(source, output / "student", dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))
 
 
@@ -345,7 +345,3 @@ def _store(path: Path, value: Any) -> None:
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=1), encoding="utf-8")
     part.replace(path)
-
-
-def _slug(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)

@@ -126,7 +126,7 @@ class SqueezeTrainer(Trainer):
         out = self.distillation(model, inputs, progress=progress, counts=self._batch_counts)
         for name, value in out.terms.items():
             count = out.counts[name]
-            self._sums[name] = self._sums.get(name, 0.0) + value * count
+            self._sums[name] = self._sums.get(name, 0.0) + torch.where(count > 0, value * count, 0.0)
             self._items[name] = self._items.get(name, 0.0) + count
         # Gradients are averaged over processes, but the shares of all processes add up to the loss.
         loss = out.loss * self.accelerator.num_processes
