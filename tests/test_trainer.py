@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForImageClassification,
+    BertConfig,
+    BertForMaskedLM,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from squeezeheads import LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
 from tiny import classifier, images, language_model, token_batch
@@ -101,7 +109,14 @@ def test_resumed_run_equals_an_undisturbed_one(tmp_path):
     saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
     stopped = trainer(tmp_path / "stopped", callbacks=[Stop()], **saving)
     stopped.train()
-    plan = json.loads((tmp_path / "stopped" / "squeeze_plan.json").read_text())
+    plan = json.loads((tmp_path / "stopped" / "squeeze_plan.json").read_text())["plans"]
+    # Killed while it wrote a later checkpoint: the state, which comes last, is missing in one and cut off in another.
+    for name, state in (("checkpoint-4", None), ("checkpoint-10", '{"epoch": 1')):
+        folder = tmp_path / "stopped" / name
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        if state is not None:
+            (folder / "trainer_state.json").write_text(state)
     resumed = trainer(tmp_path / "stopped", **saving)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.distillation.objectives["attention"].plan_to_json() == plan["attention"]
@@ -120,8 +135,95 @@ def test_resume_refuses_other_objectives(tmp_path):
         objectives={"shd": SqueezedHeads()},
         train_dataset=images(16),
     )
-    with pytest.raises(ValueError, match=r"\['attention'\].*\['shd'\]"):
+    with pytest.raises(ValueError, match="'attention'.*'shd'"):
         other.prepare(resume=True)
+
+
+def test_resume_refuses_a_plan_made_by_other_options(tmp_path):
+    """Or it would go on by the old groups in silence."""
+    trainer(tmp_path).prepare()
+    other = trainer(tmp_path)
+    other.distillation.objectives["attention"].schedule = "progressive"
+    with pytest.raises(ValueError, match="similar.*progressive"):
+        other.prepare(resume=True)
+
+
+def test_resume_needs_a_whole_checkpoint(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    with pytest.raises(ValueError, match="no whole checkpoint"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_resume_refuses_a_checkpoint_of_another_shape(tmp_path):
+    trainer(tmp_path, save_strategy="steps", save_steps=4).train()
+    larger = SqueezeTrainer(
+        model=classifier(3, layers=3),
+        args=arguments(tmp_path),
+        objectives={"task": TaskLoss()},
+        train_dataset=images(16),
+    )
+    with pytest.raises(RuntimeError, match="does not fit ViTForImageClassification.*missing"):
+        larger.train(resume_from_checkpoint=True)
+
+
+def test_the_best_model_is_loaded_at_the_end(tmp_path):
+    run = SqueezeTrainer(
+        model=classifier(3),
+        args=arguments(
+            tmp_path,
+            save_strategy="steps",
+            eval_strategy="steps",
+            save_steps=1,
+            eval_steps=1,
+            load_best_model_at_end=True,
+            learning_rate=0.3,  # too large on purpose: the last step is not the best
+        ),
+        objectives={"task": TaskLoss()},
+        train_dataset=images(32),
+        eval_dataset=images(16, seed=5),
+    )
+    run.train()
+    assert not run.state.best_model_checkpoint.endswith("checkpoint-4")
+    best = type(run.model).from_pretrained(run.state.best_model_checkpoint)
+    assert all(torch.equal(a, b) for a, b in zip(run.model.parameters(), best.parameters(), strict=True))
+
+
+def test_a_part_without_labels_counts_nothing(tmp_path):
+    """BERT takes ``num_items_in_batch`` as it takes any keyword; its loss is a plain mean, which over nothing is none."""
+    config = BertConfig(vocab_size=40, hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=3)
+    batch = token_batch([6, 6, 6, 6], total=6)
+    batch.pop("position_ids")
+    batch["labels"][1] = -100
+    data = [{k: v[i] for k, v in batch.items()} for i in range(4)]
+    run = SqueezeTrainer(
+        model=BertForMaskedLM(config),
+        args=arguments(tmp_path, per_device_train_batch_size=1, gradient_accumulation_steps=4, max_steps=2),
+        objectives={"task": TaskLoss()},
+        train_dataset=data,
+    )
+    run.train()
+    logged = [e for e in run.state.log_history if "loss" in e]
+    assert len(logged) == 2
+    for entry in logged:
+        assert entry["task"] == pytest.approx(entry["loss"], rel=1e-5) and 0 < entry["task"] < 10
+        assert 0 < entry["grad_norm"] < 1e3
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path):
+    args = arguments(tmp_path)
+    args._n_gpu = 2
+    with pytest.raises(ValueError, match="torchrun"):
+        SqueezeTrainer(model=classifier(3), args=args, objectives={"task": TaskLoss()})
+
+
+def test_calibration_uses_training_batches_and_no_generator_of_python_or_numpy(tmp_path):
+    run = trainer(tmp_path, per_device_eval_batch_size=3)
+    random.seed(1), np.random.seed(1)
+    expected = random.random(), np.random.rand()
+    random.seed(1), np.random.seed(1)
+    batches = run._calibration_batches()
+    assert [len(b["labels"]) for b in batches] == [8, 8]
+    assert (random.random(), np.random.rand()) == expected
 
 
 def test_checkpoint_is_plain_and_without_teacher(tmp_path):

@@ -74,8 +74,8 @@ class Distillation:
         targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for
             all. Default: labels other than -100. For causal language models pass ``next_token_targets``.
         loss_takes_count: whether the student takes ``num_items_in_batch`` and divides its summed loss by it, as
-            transformers' language models do. Then a part of a batch without any label counts nothing; a plain mean
-            over no label is not a number, and neither is its gradient.
+            transformers' language models do. Others return a plain mean, which over no label is not a number: it
+            counts nothing either way.
 
     Raises:
         ValueError: no objective, or one that needs a teacher where there is none.
@@ -102,7 +102,11 @@ class Distillation:
         self.rows = rows
         self.targets = targets
         self.loss_takes_count = loss_takes_count
-        self.prepared = not any("attention" in o.needs for o in self.objectives.values())
+
+    @property
+    def prepared(self) -> bool:
+        """Whether every objective knows what it compares."""
+        return all(objective.prepared for objective in self.objectives.values())
 
     @property
     def units(self) -> dict[str, str]:
@@ -143,7 +147,6 @@ class Distillation:
             for objective in self.objectives.values():
                 if "attention" in objective.needs:
                     objective.prepare(learned, taught, rows)
-        self.prepared = True
 
     def count(self, inputs: Inputs) -> dict[str, Tensor]:
         """How many items each objective's mean is taken over: sums over parts of a batch weigh the parts."""

@@ -25,10 +25,10 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, TrainingArguments, default_data_collator
-from transformers.trainer_utils import get_last_checkpoint
 
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation import attention_fidelity
+from squeezeheads.files import store_json
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import TEACHER_SEED, Models, check_models, check_output, make_models
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe, folder_name
@@ -36,7 +36,7 @@ from squeezeheads.reports.figures import attention_figures
 from squeezeheads.reports.progress import ProgressBar
 from squeezeheads.reports.tables import plan_table, result_markdown, result_table
 from squeezeheads.tasks import Splits, Task
-from squeezeheads.trainer import SqueezeTrainer
+from squeezeheads.trainer import SqueezeTrainer, last_whole_checkpoint
 
 
 def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
@@ -60,7 +60,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     splits = task.load_data()
     check_models(models, recipe, splits)
     output.mkdir(parents=True, exist_ok=True)
-    _store(output / "recipe.json", dump_recipe(recipe))
+    store_json(output / "recipe.json", dump_recipe(recipe))
 
     teacher = _teacher(models, recipe, splits, output, console)
     yardstick = _plan(models, recipe, splits, teacher, output, console)
@@ -78,7 +78,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     }
     _keep_best(results, task, output)
     _draw(models, splits, teacher, yardstick, output)
-    _store(output / "results.json", results)
+    store_json(output / "results.json", results)
     (output / "results.md").write_text(result_markdown(results))
     shutil.rmtree(output / "work", ignore_errors=True)
     console.print(result_table(results))
@@ -148,7 +148,7 @@ def _teacher(models: Models, recipe: Recipe, splits: Splits, output: Path, conso
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         measured = _measure(teacher, models.task, splits.test, training)
-        _store(done, {**measured, "parameters": teacher.num_parameters()})
+        store_json(done, {**measured, "parameters": teacher.num_parameters()})
     return teacher
 
 
@@ -172,7 +172,7 @@ def _plan(
             splits, output / "work" / "plan",
         )  # fmt: skip
         trainer.prepare()
-        _store(stored, objective.plan_to_json())
+        store_json(stored, objective.plan_to_json())
     console.print(plan_table(objective.plan_to_json()))
     return objective
 
@@ -208,7 +208,6 @@ def _student(
     work = output / "work" / f"{folder_name(name)}-{seed}"
     student = models.new_student(seed)
     trainer = _trainer(student, teacher, objectives, recipe.training, seed, splits, work, bar)
-    trainer.distillation.prepared = all(o.plan for o in objectives.values() if isinstance(o, SqueezedHeads))
     _train(trainer)
     student.save_pretrained(folder)
     result: dict[str, Any] = {
@@ -223,7 +222,7 @@ def _student(
     if yardstick is not None:
         batches = _batches(splits.test, recipe.training.batch_size, student.device)
         result["attention"] = attention_fidelity(student, teacher, yardstick, batches)
-    _store(done, result)
+    store_json(done, result)
     shutil.rmtree(work, ignore_errors=True)
     return result
 
@@ -311,8 +310,8 @@ def _trainer(
 def _train(trainer: SqueezeTrainer) -> None:
     """From the last checkpoint of a stopped run where there is one."""
     folder = Path(str(trainer.args.output_dir))
-    last = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    trainer.train(resume_from_checkpoint=last)
+    last = last_whole_checkpoint(folder)
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
 def _measure(model: PreTrainedModel, task: Task, samples: Sequence[Any], spec: TrainingSpec) -> dict[str, float]:
@@ -338,10 +337,3 @@ def _printer() -> Any:
     from transformers import PrinterCallback
 
     return PrinterCallback
-
-
-def _store(path: Path, value: Any) -> None:
-    """Write JSON in one move: a file that marks a step as done is whole or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1), encoding="utf-8")
-    part.replace(path)

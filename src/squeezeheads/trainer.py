@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from squeezeheads.distillation import Distillation, labelled_targets, next_token_targets
+from squeezeheads.files import store_json
 from squeezeheads.objectives import Objective
 
 PLAN_FILE = "squeeze_plan.json"
@@ -64,6 +67,12 @@ class SqueezeTrainer(Trainer):
                 f"label_smoothing_factor={args.label_smoothing_factor} would be ignored: the task objective is the "
                 "student's own loss. Set it to 0."
             )
+        if args is not None and args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot be recorded. Start one process a GPU, with "
+                f"`torchrun --nproc-per-node {args.n_gpu} …` or `accelerate launch`, or show one alone: "
+                "CUDA_VISIBLE_DEVICES=0."
+            )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would be ignored: write an Objective instead.")
         super().__init__(model=model, args=args, **kwargs)
@@ -79,6 +88,12 @@ class SqueezeTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``, after ``prepare``."""
+        if resume_from_checkpoint is True:
+            folder = Path(str(self.args.output_dir))
+            found = last_whole_checkpoint(folder)
+            if found is None:
+                raise ValueError(f"resume_from_checkpoint=True, but {folder} holds no whole checkpoint.")
+            resume_from_checkpoint = str(found)
         self.prepare(resume=bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -90,16 +105,18 @@ class SqueezeTrainer(Trainer):
         """
         stored = Path(str(self.args.output_dir)) / PLAN_FILE
         squeezed = {n: o for n, o in self.distillation.objectives.items() if "attention" in o.needs}
+        options = {name: objective.plan_options for name, objective in squeezed.items()}
         if self.distillation.prepared:
             return
         plans: dict[str, Any] = {}
         if resume and stored.is_file():
-            plans = json.loads(stored.read_text())
-            if plans.keys() != squeezed.keys():
+            kept = json.loads(stored.read_text())
+            if kept["options"] != options:
                 raise ValueError(
-                    f"{stored} holds plans for {sorted(plans)}, but the objectives are {sorted(squeezed)}: resume with "
-                    "the objectives that the run was started with, or start it afresh in another output_dir."
+                    f"{stored} was made for {kept['options']}, but the objectives are {options}: resume with the "
+                    "objectives that the run was started with, or start it afresh in another output_dir."
                 )
+            plans = kept["plans"]
         else:
             self.distillation.prepare(self.model, self._calibration_batches())
             plans = {name: objective.plan_to_json() for name, objective in squeezed.items()}
@@ -107,10 +124,8 @@ class SqueezeTrainer(Trainer):
         broadcast_object_list(box := [plans])
         for name, objective in squeezed.items():
             objective.plan_from_json(box[0][name])
-        self.distillation.prepared = True
         if self.args.should_save:
-            stored.parent.mkdir(parents=True, exist_ok=True)
-            stored.write_text(json.dumps(box[0], indent=1))
+            store_json(stored, {"options": options, "plans": box[0]})
 
     def compute_loss(
         self,
@@ -148,12 +163,29 @@ class SqueezeTrainer(Trainer):
         """Reads weights as ``from_pretrained`` does. Trainer (5.23) hands a checkpoint's weights to ``load_state_dict``
         without transformers' renaming: for ViT, DeiT, DINOv2 and their kin no name fits, and it would go on from random
         weights with no more than a warning."""
-        bare = self.accelerator.unwrap_model(self.model if model is None else model, keep_torch_compile=False)
-        if isinstance(bare, PreTrainedModel) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            saved = type(bare).from_pretrained(resume_from_checkpoint, config=bare.config, dtype=bare.dtype)
-            bare.load_state_dict(saved.state_dict())
-        else:
+        if not self._load_renamed(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_best_model(self) -> None:
+        if not self._load_renamed(str(self.state.best_model_checkpoint), self.model):
+            super()._load_best_model()
+
+    def _load_renamed(self, checkpoint: str, model: nn.Module) -> bool:
+        """Load a plain checkpoint of a transformers model; ``False`` where it is another kind (adapter, FSDP …)."""
+        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if not isinstance(bare, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        saved, found = type(bare).from_pretrained(
+            checkpoint, config=bare.config, dtype=bare.dtype, use_safetensors=True, output_loading_info=True
+        )
+        amiss = {kind: list(keys)[:3] for kind, keys in found.items() if keys}
+        if amiss:
+            raise RuntimeError(
+                f"{checkpoint} does not fit {type(bare).__name__}: {amiss} …. Going on would train from other weights "
+                "than were saved."
+            )
+        bare.load_state_dict(saved.state_dict())
+        return True
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:
         ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
@@ -187,9 +219,30 @@ class SqueezeTrainer(Trainer):
             chosen = torch.randperm(len(data), generator=generator)[:size].tolist()
             data = data.select(chosen) if hasattr(data, "select") else Subset(data, chosen)
         batches = []
+        python, numpy_state = random.getstate(), np.random.get_state()  # augmentation may draw on these
         with torch.random.fork_rng():
-            for batch in self.get_test_dataloader(data):
+            loader = self._get_dataloader(
+                data, "Calibration", batch_size=self._train_batch_size, sampler_fn=self._get_eval_sampler
+            )
+            for batch in loader:
                 batches.append(self._prepare_inputs(batch))
                 if len(batches) == wanted:
                     break
+        random.setstate(python)
+        np.random.set_state(numpy_state)
         return batches
+
+
+def last_whole_checkpoint(folder: Path) -> Path | None:
+    """The newest checkpoint under ``folder`` that was written to its end, if any. Trainer writes a checkpoint file by
+    file, ``trainer_state.json`` last: where that is missing or cut off, the process was stopped in between."""
+    numbered = [
+        (int(p.name.removeprefix("checkpoint-")), p) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()
+    ]
+    for _, path in sorted(numbered, reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())
+        except (OSError, ValueError):
+            continue
+        return path
+    return None

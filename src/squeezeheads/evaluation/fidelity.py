@@ -28,7 +28,6 @@ def attention_fidelity(
         Nats per row and head over all batches; 0 is a perfect copy.
     """
     distillation = Distillation(teacher, {"attention": objective})
-    distillation.prepared = bool(objective.plan)
     total, rows = 0.0, 0.0
     training = student.training
     student.eval()

@@ -67,6 +67,16 @@ class Objective:
         "attention". Checks that the models fit and decides what is recorded from then on."""
 
     @property
+    def prepared(self) -> bool:
+        """Whether it can be called: nothing is left for ``prepare`` to decide."""
+        return True
+
+    @property
+    def plan_options(self) -> dict[str, Any]:
+        """The options that ``prepare`` decides by: a stored plan holds for the same ones alone."""
+        return {}
+
+    @property
     def batches_to_prepare(self) -> int:
         """How many calibration batches ``prepare`` makes use of."""
         return 1

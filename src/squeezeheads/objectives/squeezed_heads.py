@@ -143,6 +143,15 @@ class SqueezedHeads(Objective):
         self.plan = tuple(plan)
 
     @property
+    def prepared(self) -> bool:
+        return bool(self.plan)
+
+    @property
+    def plan_options(self) -> dict[str, Any]:
+        names = ("schedule", "weights", "layers", "calibration_batches")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def batches_to_prepare(self) -> int:
         return self.calibration_batches if self.schedule == "similar" else 1
 
