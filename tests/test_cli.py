@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,10 +151,28 @@ MISTAKES = {
     "eager teacher": ({"teacher__attn_implementation": "eager"}, 'attn_implementation="sdpa"'),
     "flash student": ({"student__attn_implementation": "flash_attention_2"}, 'attn_implementation="sdpa"'),
     "flash teacher": ({"teacher__attn_implementation": "flash_attention_2"}, 'attn_implementation="sdpa"'),
-    "seed by the back door": ({"training__arguments": {"seed": 7}}, "seed are set by the run itself"),
+    "seed by the back door": ({"training__arguments": {"seed": 7}}, "training.arguments: seed cannot be given here"),
+    "another output by the back door": (
+        {"training__arguments": {"output_dir": "x"}},
+        "output_dir cannot be given here",
+    ),
+    "smoothing that would be ignored": (
+        {"training__arguments": {"label_smoothing_factor": 0.1}},
+        "label_smoothing_factor",
+    ),
+    "evaluation that has no data": ({"training__arguments": {"eval_strategy": "steps"}}, "eval_strategy cannot be"),
+    "teacher's option by the back door": (
+        {"teacher__training__arguments": {"max_steps": 1}},
+        "teacher.training.arguments: max_steps cannot be given here",
+    ),
+    "teacher's unknown option": ({"teacher__training__arguments": {"max_steeps": 1}}, "Did you mean"),
+    "optimiser that is not there": ({"training__arguments": {"optim": "nonsense"}}, "training: transformers refuses"),
+    "teacher of fewer classes": ({"teacher__config__num_labels": 2}, "teacher tells 2 classes apart"),
+    "no image classifier": ({"teacher__config__model_type": "llama"}, "teacher.config"),
+    "split by a negative seed": ({"task__image_classification__split_seed": -1}, "split_seed=-1"),
     "unknown kernel": ({"student__attn_implementation": "warp"}, "warp"),
     "no such teacher": ({"teacher": {"path": "nowhere/at/all"}}, "nowhere/at/all"),
-    "different classes": ({"student__config__num_labels": 7}, "(4, 7)"),
+    "different classes": ({"student__config__num_labels": 7}, "student tells 7 classes apart, the data has 10"),
     "layer out of range": ({"objectives__attention__layers": [[0, 9]]}, "[0, 9]"),
     "wrong key": ({"objectives__attention__weigth": 1}, "Did you mean 'weight'?"),
 }
@@ -207,6 +226,95 @@ def test_evaluate_refuses_what_distill_refuses(finished, capsys):
     assert 'attn_implementation="sdpa"' in capsys.readouterr().err
     assert main(["evaluate", str(path), "--student.config.patch_size", "2"]) == 2
     assert "17 queries × 17 keys against 5 × 5" in capsys.readouterr().err
+
+
+def test_evaluate_refuses_what_would_change_the_meaning(finished, capsys):
+    """Another split holds images that the students were trained on; other weights are another yardstick."""
+    path, output = finished
+    for override, value in (
+        ("--task.image_classification.split_seed", "5"),
+        ("--objectives.attention.weights", "select"),
+    ):
+        for model in ([], ["--model", str(output / "student")]):
+            assert main(["evaluate", str(path), *model, override, value]) == 2
+            assert override.removeprefix("--") in capsys.readouterr().err
+
+
+def test_evaluate_names_a_model_that_does_not_fit_the_data(finished, tmp_path, capsys):
+    path, _ = finished
+    for name, changes in {"size": {"image_size": 12}, "classes": {"num_labels": 3}}.items():
+        classifier(3, width=12, layers=1, patch_size=4, **changes).save_pretrained(tmp_path / name)
+        assert main(["evaluate", str(path), "--model", str(tmp_path / name)]) == 2
+        answer = capsys.readouterr().err
+        assert str(tmp_path / name) in answer and "Traceback" not in answer
+
+
+def test_evaluate_measures_attention_only_by_a_plan_that_fits(finished, tmp_path, capsys):
+    path, _ = finished
+    classifier(6, width=12, layers=1, patch_size=4).save_pretrained(tmp_path / "other")
+    assert main(["evaluate", str(path), "--model", str(tmp_path / "other")]) == 0
+    assert json.loads(capsys.readouterr().out).keys() == {"accuracy"}
+
+
+def test_pretrained_students_start_alike_too(recipe, tmp_path):
+    """A checkpoint without a classifier: the new one must not depend on what ran before."""
+    classifier(4, width=24, patch_size=4).save_pretrained(tmp_path / "teacher")
+    classifier(2, width=12, patch_size=4).vit.save_pretrained(tmp_path / "student")
+    training = {"max_steps": 1, "batch_size": 16, "learning_rate": 0.0}
+    parts = {"teacher": {"path": str(tmp_path / "teacher")}, "student": {"path": str(tmp_path / "student")}}
+    config = json.loads((tmp_path / "student" / "config.json").read_text())
+    config["id2label"], config["label2id"] = {str(i): str(i) for i in range(10)}, {str(i): i for i in range(10)}
+    (tmp_path / "student" / "config.json").write_text(json.dumps(config))
+    assert main(["distill", recipe(**parts, training=training, seeds=[3])]) == 0
+    a, b = (
+        load_file(tmp_path / "run" / "students" / name / "seed-3" / "model.safetensors")
+        for name in ("no-teacher", "distilled")
+    )
+    assert (a["classifier.weight"] != 0).any() and all((a[key] == b[key]).all() for key in a)
+
+
+@pytest.mark.parametrize("damage", ["file", "cut off"])
+def test_a_damaged_output_is_named(recipe, tmp_path, capsys, damage):
+    if damage == "file":
+        (tmp_path / "run").write_text("")
+    else:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "recipe.json").write_text('{"task": ')
+    assert main(["distill", recipe()]) == 2
+    assert str(tmp_path / "run") in capsys.readouterr().err
+
+
+def test_pickled_weights_are_refused(recipe, tmp_path, capsys):
+    import torch
+
+    model = classifier(4, width=24, patch_size=4)
+    model.save_pretrained(tmp_path / "teacher")
+    (tmp_path / "teacher" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "teacher" / "pytorch_model.bin")
+    assert main(["distill", recipe(teacher={"path": str(tmp_path / "teacher")})]) == 2
+    assert "safetensors" in capsys.readouterr().err
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_students(recipe, tmp_path):
+    """SIGKILL while students are trained, then the same command again: weights equal an undisturbed run's."""
+    script = Path(sys.executable).parent / "squeezeheads"
+    path = recipe(training={"max_steps": 40, "batch_size": 16, "save_every": 5})
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    subprocess.run([script, "distill", path, "--output", whole], check=True, capture_output=True, env=environment)
+    again = [script, "distill", path, "--output", killed]
+    process = subprocess.Popen(again, stdout=subprocess.DEVNULL, env=environment)
+    deadline = time.monotonic() + 300
+    while not list(killed.glob("work/distilled-0/checkpoint-*")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.wait()
+    assert not (killed / "results.json").exists(), "it was not killed in time"
+    assert (killed / "students" / "no-teacher" / "seed-0" / "result.json").exists()
+    subprocess.run(again, check=True, capture_output=True, env=environment)
+    for student in sorted(whole.glob("students/*/*/model.safetensors")):
+        a, b = load_file(student), load_file(killed / student.relative_to(whole))
+        assert all((a[key] == b[key]).all() for key in a), student
 
 
 def test_foreign_folder_is_not_written_to(recipe, tmp_path, capsys):

@@ -189,7 +189,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 
 
 def test_a_part_without_labels_counts_nothing(tmp_path):
-    """BERT takes ``num_items_in_batch`` as it takes any keyword; its loss is a plain mean, which over nothing is none."""
+    """BERT takes ``num_items_in_batch`` like any keyword; its loss is a plain mean, which over nothing is none."""
     config = BertConfig(vocab_size=40, hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=3)
     batch = token_batch([6, 6, 6, 6], total=6)
     batch.pop("position_ids")

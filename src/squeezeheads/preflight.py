@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +15,21 @@ from transformers import AutoConfig, PreTrainedModel, TrainingArguments, default
 
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError
-from squeezeheads.recipe import DISTILLED, Recipe, dump_recipe
-from squeezeheads.recording import RecordingError
+from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.tasks import Splits, Task
-from squeezeheads.tasks.modeling import new_config
+from squeezeheads.tasks.modeling import new_config, similar
 
 TEACHER_SEED = 0
 
-# Options of TrainingArguments that would mix the runs of different students, or make them unequal.
-SET_BY_THE_RUN = {"output_dir", "seed", "data_seed", "max_steps", "num_train_epochs", "resume_from_checkpoint"}
+# Options of TrainingArguments that would undo what makes students comparable, or that a run has no use for.
+REFUSED = {
+    "num_train_epochs",
+    "resume_from_checkpoint",
+    "eval_strategy",
+    "load_best_model_at_end",
+    "label_smoothing_factor",
+    "push_to_hub",
+}
 
 
 @dataclass
@@ -59,18 +65,29 @@ class Models:
         return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation)
 
 
-def check_output(output: Path, recipe: Recipe) -> None:
-    """One output folder belongs to one recipe: results of different recipes must not mix."""
+def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None) -> None:
+    """One output folder belongs to one recipe: results of different recipes must not mix.
+
+    Args:
+        parts: the parts of the recipe that must agree; all by default.
+    """
     mine = json.loads(json.dumps(dump_recipe(recipe)))
     stored = output / "recipe.json"
     if stored.is_file():
-        theirs = json.loads(stored.read_text())
+        try:
+            theirs = json.loads(stored.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise RecipeError(f"{stored} is damaged: {error}. Delete the folder, or choose another.") from error
         different = sorted(_different_keys(mine, theirs))
+        if parts is not None:
+            different = [key for key in different if key.split(".")[0] in parts]
         if different:
             raise RecipeError(
                 f"output={output} holds a run of another recipe: {', '.join(different)} differ. Choose another folder "
                 "with --output, or delete this one."
             )
+    elif output.exists() and not output.is_dir():
+        raise RecipeError(f"output={output} is a file: expected a folder, new or of an earlier start of this run.")
     elif output.exists() and any(output.iterdir()):
         raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
 
@@ -86,7 +103,11 @@ def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
 def make_models(task: Task, recipe: Recipe) -> Models:
     try:
         return Models(task, recipe)
-    except OSError as error:
+    except (OSError, ImportError) as error:
+        raise RecipeError(f"teacher.path={recipe.teacher.path!r} cannot be loaded: {error}") from error
+    except ValueError as error:
+        if isinstance(error, RecipeError):
+            raise
         raise RecipeError(f"teacher.path={recipe.teacher.path!r} cannot be loaded: {error}") from error
 
 
@@ -99,21 +120,76 @@ def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
         raise RecipeError(
             f'a model cannot be loaded or built: {error} Attention is recorded under attn_implementation="sdpa" alone.'
         ) from error
+    for whose, model in (("teacher", teacher), ("student", student)):
+        models.task.check_model(model.config, whose)
     for name, objectives in recipe.arms.items():
         try:
             trial = Distillation(teacher, copy.deepcopy(objectives))
             trial.prepare(student, [batch])
             with torch.no_grad():
                 trial(student, batch)
-        except (ValueError, TypeError, RecordingError) as error:
+        except (ValueError, TypeError, RuntimeError) as error:
+            # RuntimeError: recording, or shapes that a model refuses.
             where = "objectives" if name == DISTILLED else f"baselines.{name}"
             raise RecipeError(f"{where}: {error}") from error
-    fixed = sorted(set(recipe.training.arguments) & SET_BY_THE_RUN)
-    if fixed:
+
+
+def check_training(recipe: Recipe) -> None:
+    """The options of every training of the run: transformers' own checks of them, before any."""
+    # The machine's part of them (bf16 where there is none …) is checked here too.
+    if recipe.teacher.path is None and recipe.teacher.training is not None:
+        training_arguments(recipe.teacher.training, "teacher.training", Path(recipe.output), TEACHER_SEED)
+    training_arguments(recipe.training, "training", Path(recipe.output), recipe.seeds[0])
+
+
+def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int) -> TrainingArguments:
+    """transformers' options of one training.
+
+    Raises:
+        RecipeError: an option that the run sets itself or has no use for, an unknown one, or what transformers refuses.
+    """
+    fixed: dict[str, Any] = {
+        "output_dir": str(output_dir),
+        "max_steps": spec.max_steps,
+        "per_device_train_batch_size": spec.batch_size,
+        "per_device_eval_batch_size": spec.batch_size,
+        "gradient_accumulation_steps": spec.gradient_accumulation_steps,
+        "learning_rate": spec.learning_rate,
+        "lr_scheduler_type": spec.lr_scheduler,
+        "warmup_steps": spec.warmup_steps,
+        "weight_decay": spec.weight_decay,
+        "max_grad_norm": spec.max_grad_norm,
+        "bf16": spec.precision == "bf16",
+        "fp16": spec.precision == "fp16",
+        "save_strategy": "steps",
+        "save_steps": spec.save_every,
+        "save_total_limit": 1,
+        "logging_steps": spec.log_every,
+        "seed": seed,
+        "data_seed": seed,
+    }
+    free = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available()}
+    taken = sorted(set(spec.arguments) & ({*fixed} | REFUSED))
+    if taken:
         raise RecipeError(
-            f"training.arguments: {', '.join(fixed)} are set by the run itself. Use the recipe's keys: output, seeds "
-            "and those of training."
+            f"{key}.arguments: {', '.join(taken)} cannot be given here: the run sets it itself or has no use for it. "
+            "Use the recipe's own keys: output, seeds and those of training."
         )
-    unknown = set(recipe.training.arguments) - {f.name for f in dataclasses.fields(TrainingArguments)}
+    known = {f.name for f in dataclasses.fields(TrainingArguments)}
+    unknown = sorted(set(spec.arguments) - known)
     if unknown:
-        raise RecipeError(f"training.arguments: {', '.join(sorted(unknown))} are no options of TrainingArguments.")
+        hints = [f"{name}{similar(name, known)}" for name in unknown]
+        raise RecipeError(f"{key}.arguments: no such option of TrainingArguments: {' '.join(hints)}")
+    try:
+        args = TrainingArguments(**{**free, **fixed, **spec.arguments})
+        device, gpus = args.device, args.n_gpu
+    except (ValueError, TypeError, ImportError) as error:
+        raise RecipeError(f"{key}: transformers refuses these options: {error}") from error
+    if gpus > 1:
+        raise RecipeError(f"{gpus} GPUs are visible and a run uses one: choose it, CUDA_VISIBLE_DEVICES=0.")
+    if device.type == "mps":
+        raise RecipeError(
+            f"{key}: squeezing sums in float64, which Apple's GPUs lack. Run on the CPU: "
+            f"--{key}.arguments '{{use_cpu: true}}'."
+        )
+    return args

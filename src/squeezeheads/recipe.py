@@ -80,8 +80,8 @@ class ModelSpec:
     config: dict[str, Any] = field(default_factory=dict)
     """Configuration of a new model: any key of its transformers configuration. A teacher names its model_type; a
     student's keys are changes to the teacher's configuration."""
-    attn_implementation: str = "sdpa"
-    """transformers' attention kernel; attention can be recorded under "sdpa" alone."""
+    attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
+    """transformers' attention kernel; attention can be recorded under "sdpa" alone, others serve runs without it."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.config:

@@ -24,14 +24,23 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, TrainingArguments, default_data_collator
+from transformers import PreTrainedModel, default_data_collator
 
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation import attention_fidelity
 from squeezeheads.files import store_json
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
-from squeezeheads.preflight import TEACHER_SEED, Models, check_models, check_output, make_models
+from squeezeheads.preflight import (
+    TEACHER_SEED,
+    Models,
+    check_models,
+    check_output,
+    check_training,
+    make_models,
+    training_arguments,
+)
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe, folder_name
+from squeezeheads.recording import record_attention
 from squeezeheads.reports.figures import attention_figures
 from squeezeheads.reports.progress import ProgressBar
 from squeezeheads.reports.tables import plan_table, result_markdown, result_table
@@ -58,6 +67,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     task = recipe.chosen_task
     models = make_models(task, recipe)
     splits = task.load_data()
+    check_training(recipe)
     check_models(models, recipe, splits)
     output.mkdir(parents=True, exist_ok=True)
     store_json(output / "recipe.json", dump_recipe(recipe))
@@ -79,7 +89,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     _keep_best(results, task, output)
     _draw(models, splits, teacher, yardstick, output)
     store_json(output / "results.json", results)
-    (output / "results.md").write_text(result_markdown(results))
+    (output / "results.md").write_text(result_markdown(results), encoding="utf-8")
     shutil.rmtree(output / "work", ignore_errors=True)
     console.print(result_table(results))
     console.print(
@@ -109,20 +119,32 @@ def evaluate(recipe: Recipe, model_path: str | None = None) -> dict[str, float]:
     splits = task.load_data()
     models = make_models(task, recipe)
     check_models(models, recipe, splits)
+    output = Path(recipe.output)
+    if (output / "recipe.json").is_file():
+        # Another split would hold images that the run's students were trained on, other groups another yardstick.
+        check_output(output, recipe, parts=("task", "teacher", "student", "objectives"))
     try:
         model = task.load(str(path), recipe.student.attn_implementation)
-    except (OSError, ValueError) as error:
-        raise RecipeError(f"{path}: cannot be loaded: {error}") from error
-    metrics = _measure(model, task, splits.test, recipe.training)
-    plan, trained = Path(recipe.output) / "plan.json", Path(recipe.output) / "teacher"
+        task.check_model(model.config, "it")
+        metrics = _measure(model, task, splits.test, recipe.training)
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise RecipeError(f"{path}: cannot be loaded, or does not fit the recipe's data: {error}") from error
     yardstick = _attention_objective(recipe)
-    if yardstick is not None and plan.is_file():
-        yardstick.plan_from_json(json.loads(plan.read_text()))
-        teacher = task.load(recipe.teacher.path or str(trained), recipe.teacher.attn_implementation)
-        if model.config.num_attention_heads == len(yardstick.plan[0].groups):
-            batches = _batches(splits.test, recipe.training.batch_size, model.device)
+    if yardstick is not None and (output / "plan.json").is_file():
+        yardstick.plan_from_json(json.loads((output / "plan.json").read_text(encoding="utf-8")))
+        batches = list(_batches(splits.test, recipe.training.batch_size, model.device))
+        if _fits_plan(model, yardstick, batches[0]):
+            teacher = task.load(recipe.teacher.path or str(output / "teacher"), recipe.teacher.attn_implementation)
             metrics["attention"] = attention_fidelity(model, teacher, yardstick, batches)
     return metrics
+
+
+def _fits_plan(model: PreTrainedModel, objective: SqueezedHeads, batch: dict[str, Any]) -> bool:
+    """Whether the plan was made for a student of these layers and heads."""
+    with torch.no_grad(), record_attention(model) as recording:
+        model(**{key: value for key, value in batch.items() if key != "labels"})
+    mine = {position: (record.name, record.num_heads) for position, record in enumerate(recording)}
+    return all(mine.get(layer.student_position) == (layer.student_layer, len(layer.groups)) for layer in objective.plan)
 
 
 # -- steps -----------------------------------------------------------------------------------------------------------
@@ -141,10 +163,11 @@ def _teacher(models: Models, recipe: Recipe, splits: Splits, output: Path, conso
         teacher = models.new_teacher()
         trainer = _trainer(
             teacher, None, {"task": TaskLoss()}, training, TEACHER_SEED, splits, output / "work" / "teacher",
-            ProgressBar("teacher", console),
+            ProgressBar("teacher", console), key="teacher.training",
         )  # fmt: skip
         _train(trainer)
         teacher.save_pretrained(folder)
+        teacher = models.task.load(str(folder), recipe.teacher.attn_implementation).to(trainer.args.device)
     if not done.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         measured = _measure(teacher, models.task, splits.test, training)
@@ -210,6 +233,8 @@ def _student(
     trainer = _trainer(student, teacher, objectives, recipe.training, seed, splits, work, bar)
     _train(trainer)
     student.save_pretrained(folder)
+    # What is measured is what is kept: mixed precision leaves its mark on the model in memory.
+    student = models.task.load(str(folder), recipe.student.attn_implementation).to(trainer.args.device)
     result: dict[str, Any] = {
         "seed": seed,
         **_measure(student, models.task, splits.test, recipe.training),
@@ -232,7 +257,11 @@ def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> None:
     runs = results["students"][DISTILLED]
     best = max(runs, key=lambda run: run["validation"][task.metric])
     source = output / "students" / folder_name(DISTILLED) / f"seed-{best['seed']}"
-    shutil.copytree(source, output / "student", dirs_exist_ok=True, ignore=shutil.ignore_patterns("result.json"))
+    part, kept = output / "student.part", output / "student"
+    for leftover in (part, kept):
+        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.copytree(source, part, ignore=shutil.ignore_patterns("result.json"))
+    part.rename(kept)  # in one move: a student that is there is whole
 
 
 def _draw(
@@ -267,34 +296,9 @@ def _trainer(
     splits: Splits,
     work: Path,
     bar: ProgressBar | None = None,
+    key: str = "training",
 ) -> SqueezeTrainer:
-    arguments: dict[str, Any] = {
-        "output_dir": str(work),
-        "max_steps": spec.max_steps,
-        "per_device_train_batch_size": spec.batch_size,
-        "per_device_eval_batch_size": spec.batch_size,
-        "gradient_accumulation_steps": spec.gradient_accumulation_steps,
-        "learning_rate": spec.learning_rate,
-        "lr_scheduler_type": spec.lr_scheduler,
-        "warmup_steps": spec.warmup_steps,
-        "weight_decay": spec.weight_decay,
-        "max_grad_norm": spec.max_grad_norm,
-        "bf16": spec.precision == "bf16",
-        "fp16": spec.precision == "fp16",
-        "save_steps": spec.save_every,
-        "save_total_limit": 1,
-        "logging_steps": spec.log_every,
-        "seed": seed,
-        "data_seed": seed,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        **spec.arguments,
-    }
-    try:
-        args = TrainingArguments(**arguments)
-    except (ValueError, TypeError) as error:
-        raise RecipeError(f"training: transformers refuses these options: {error}") from error
+    args = training_arguments(spec, key, work, seed)
     trainer = SqueezeTrainer(
         model=model,
         teacher=teacher if any(o.needs for o in objectives.values()) else None,

@@ -42,6 +42,14 @@ class Task:
         """What the data fixes in the configuration of a new model (number of classes, image size …)."""
         raise NotImplementedError
 
+    def check_model(self, config: PreTrainedConfig, whose: str) -> None:
+        """Whether a model of this configuration predicts what the data asks for.
+
+        Raises:
+            RecipeError: it does not; names both.
+        """
+        raise NotImplementedError
+
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Metrics of a model's predictions on a split."""
         raise NotImplementedError
@@ -51,5 +59,7 @@ class Task:
         return self.auto_class.from_config(config, attn_implementation=attn_implementation)
 
     def load(self, path: str, attn_implementation: str) -> PreTrainedModel:
-        """A pretrained model from a folder or the hub; remote code is never run."""
-        return self.auto_class.from_pretrained(path, attn_implementation=attn_implementation, trust_remote_code=False)
+        """A pretrained model from a folder or the hub: safetensors alone, and remote code is never run."""
+        return self.auto_class.from_pretrained(
+            path, attn_implementation=attn_implementation, trust_remote_code=False, use_safetensors=True
+        )

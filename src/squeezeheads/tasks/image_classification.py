@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import numpy as np
 import torch
 
+from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.base import Splits, Task
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction
+    from transformers import EvalPrediction, PreTrainedConfig
 
 
 @dataclass
@@ -33,6 +34,8 @@ class ImageClassification(Task):
         for name in ("validation_size", "test_size"):
             if getattr(self, name) < 10:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 10, one image a class.")
+        if not 0 <= self.split_seed < 2**32:
+            raise ValueError(f"split_seed={self.split_seed}: expected a whole number from 0 to 4294967295.")
         if self.validation_size + self.test_size > 1500:
             raise ValueError(
                 f"validation_size={self.validation_size} and test_size={self.test_size} leave fewer than 297 of the "
@@ -69,6 +72,13 @@ class ImageClassification(Task):
             rest, test_size=self.validation_size, stratify=labels[rest], random_state=self.split_seed
         )
         return Splits(*([samples[i] for i in part] for part in (train, validation, test)))
+
+    def check_model(self, config: PreTrainedConfig, whose: str) -> None:
+        if config.num_labels != 10:
+            raise RecipeError(
+                f"{whose} tells {config.num_labels} classes apart, the data has 10: leave num_labels and id2label out "
+                "of a new model's config, or choose a model that was trained for these classes."
+            )
 
     def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}

@@ -44,7 +44,7 @@ def new_config(
     if model_type is not None and (base is None or model_type != base.model_type):
         if model_type not in CONFIG_MAPPING:
             raise RecipeError(
-                f"{key}.model_type={model_type!r} is unknown to transformers.{_similar(model_type, CONFIG_MAPPING)}"
+                f"{key}.model_type={model_type!r} is unknown to transformers.{similar(model_type, CONFIG_MAPPING)}"
             )
         config = AutoConfig.for_model(model_type, **task.data_config())
     elif base is not None:
@@ -53,9 +53,7 @@ def new_config(
         raise RecipeError(f"{key} names no model_type: expected one, for example {key}.model_type=vit.")
     for name, value in changes.items():
         if not hasattr(config, name):
-            raise RecipeError(
-                f"{key}.{name} is no option of {type(config).__name__}.{_similar(name, config.to_dict())}"
-            )
+            raise RecipeError(f"{key}.{name} is no option of {type(config).__name__}.{similar(name, config.to_dict())}")
         if (
             _COUNT.search(name)
             and value is not None
@@ -92,6 +90,7 @@ def _positive(value: int | list[Any]) -> bool:
     return all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
 
 
-def _similar(name: str, known: Any) -> str:
+def similar(name: str, known: Any) -> str:
+    """A hint at what may have been meant, or nothing."""
     near = difflib.get_close_matches(name, list(known), n=3)
     return f" Did you mean {', '.join(near)}?" if near else ""
