@@ -295,17 +295,18 @@ def test_pickled_weights_are_refused(recipe, tmp_path, capsys):
     assert "safetensors" in capsys.readouterr().err
 
 
-def test_a_run_that_was_killed_goes_on_to_the_same_students(recipe, tmp_path):
+@pytest.mark.parametrize("sign", ["checkpoint-*", "checkpoint-*/trainer_state.json"], ids=["in a save", "after a save"])
+def test_a_run_that_was_killed_goes_on_to_the_same_students(recipe, tmp_path, sign):
     """SIGKILL while students are trained, then the same command again: weights equal an undisturbed run's."""
     script = Path(sys.executable).parent / "squeezeheads"
-    path = recipe(training={"max_steps": 40, "batch_size": 16, "save_every": 5})
+    path = recipe(training={"max_steps": 40, "batch_size": 16, "save_every": 10})
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     subprocess.run([script, "distill", path, "--output", whole], check=True, capture_output=True, env=environment)
     again = [script, "distill", path, "--output", killed]
     process = subprocess.Popen(again, stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 300
-    while not list(killed.glob("work/distilled-0/checkpoint-*")) and time.monotonic() < deadline:
+    while not list(killed.glob(f"work/distilled-0/{sign}")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
