@@ -8,7 +8,7 @@ CORE_PY := $(CORE_VENV)/bin/python
 # -qq: errors alone
 PIP := -m pip --disable-pip-version-check --no-input -qq
 
-# Words to hand on: make test ARGS="-k tiled", make demo ARGS="--seeds 1"
+# Words to hand on: make test ARGS="-k tiled", make demo ARGS="--seeds [0]"
 ARGS ?=
 # Test processes. Each takes one thread: two processes of one thread beat one of two, and a run is repeatable.
 WORKERS ?= 2

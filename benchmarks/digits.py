@@ -29,7 +29,7 @@ def main() -> None:
     runs = {rate: _run(rate, work) for rate in GRID}
     names = list(runs[GRID[0]]["students"])
     arms = [_choose(name, runs) for name in names]
-    teacher = runs[GRID[0]]["teacher"]
+    teacher = runs[GRID[0]]["teachers"]["teacher"]
     rows = [["teacher", "", f"{teacher['accuracy']:.3f}", "", ""], *(_row(arm) for arm in arms)]
     print_table(HEAD, rows)
     figures = work / arms[-1]["learning_rate"] / "figures"  # of the recipe's own objectives, the last set

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -123,7 +124,7 @@ def test_evaluate_prints_what_the_run_measured(finished, capsys):
     assert metrics["accuracy"] == best["accuracy"]
     assert metrics["attention"] == pytest.approx(best["attention"], rel=1e-5)
     assert main(["evaluate", str(path), "--model", str(output / "teacher")]) == 0
-    assert json.loads(capsys.readouterr().out)["accuracy"] == results["teacher"]["accuracy"]
+    assert json.loads(capsys.readouterr().out)["accuracy"] == results["teachers"]["teacher"]["accuracy"]
 
 
 def test_pretrained_teacher_and_student(recipe, tmp_path):
@@ -132,7 +133,7 @@ def test_pretrained_teacher_and_student(recipe, tmp_path):
     path = recipe(teacher={"path": str(tmp_path / "teacher")}, student={"path": str(tmp_path / "student")}, seeds=[0])
     assert main(["distill", path]) == 0
     plan = json.loads((tmp_path / "run" / "plan.json").read_text())
-    assert [len(layer["groups"]) for layer in plan] == [2, 2]
+    assert [len(layer["groups"]) for layer in plan["attention"]] == [2, 2]
 
 
 def test_unknown_training_arguments_are_named(recipe, capsys):
@@ -333,10 +334,90 @@ def test_usage(capsys):
     assert all(command in out for command in ("distill", "evaluate", "demo"))
     assert main(["destill"]) == 2
     assert "'destill'" in capsys.readouterr().err
-    assert main(["distill", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert "--objectives.attention.schedule" in text or "objectives.attention" in text
-    assert "Peak learning rate" in text
+
+
+HELP = {
+    "distill": ("distill RECIPE [--key VALUE ...]", ["--objectives.attention.schedule ", "Peak learning rate"]),
+    "evaluate": ("evaluate RECIPE [--model FOLDER] [--key VALUE ...]", ["any key of the recipe", "distill --help"]),
+    "demo": ("demo [--key VALUE ...]", ["digits.yaml", "leaves a table, pictures", "distill --help"]),
+}
+
+
+@pytest.mark.parametrize("command", HELP)
+@pytest.mark.parametrize("arguments", [["--help"], ["--seeds", "[0]", "-h"]])
+def test_each_command_has_help(capsys, command, arguments):
+    usage, texts = HELP[command]
+    assert main([command, *arguments]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith(f"usage: squeezeheads {usage}\n")
+    assert all(text in out for text in texts)
+
+
+@pytest.mark.parametrize("command", ["distill", "evaluate"])
+def test_the_recipe_may_stand_anywhere(recipe, capsys, command):
+    wrong, right = ["--training.max_steps", "0"], ["--training.batch_size=4"]
+    for arguments in ([recipe(), *wrong, *right], [*wrong, recipe(), *right], [*right, *wrong, recipe()]):
+        assert main([command, *arguments]) == 2
+        assert f"{recipe()}: training.max_steps=0" in capsys.readouterr().err
+
+
+def test_the_model_may_stand_before_the_recipe(recipe, tmp_path, capsys):
+    assert main(["evaluate", "--model", str(tmp_path / "nowhere"), recipe()]) == 2
+    assert str(tmp_path / "nowhere") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["distill"], "expected the path of one recipe, found none"),
+        (["evaluate", "--model", "x"], "expected the path of one recipe, found none"),
+        (["distill", "a.yaml", "--seeds", "0", "1"], "found 2: a.yaml, 1. A value with spaces goes in quotes"),
+        (["distill", "a.yaml", "--output"], "--output has no value"),
+        (["distill", "a.yaml", "--output", "--seeds", "[0]"], "--output has no value"),
+        (["demo", "a.yaml"], "a.yaml: the demo takes no recipe"),
+    ],
+)
+def test_stray_words_and_missing_values_are_named(capsys, arguments, message):
+    assert main(arguments) == 2
+    answer = capsys.readouterr()
+    assert message in answer.err and not answer.out
+
+
+def test_ctrl_c_ends_a_run_in_one_line(recipe, tmp_path):
+    script = Path(sys.executable).parent / "squeezeheads"
+    path = recipe(training={"max_steps": 10**6, "batch_size": 16, "save_every": 10})
+    process = subprocess.Popen(
+        [script, "distill", path],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        # started in the background, these tests would hand on that SIGINT is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if list((tmp_path / "run" / "work").glob("*/checkpoint-*")):
+            break
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    try:
+        _, errors = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 130, errors
+    assert errors.splitlines() == [
+        "squeezeheads distill: stopped; start the same command again to go on from the last checkpoint"
+    ]
+
+
+def test_ctrl_c_promises_no_checkpoint_to_evaluate(recipe, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("squeezeheads.run.evaluate", interrupted)
+    assert main(["evaluate", recipe()]) == 130
+    assert capsys.readouterr().err == "squeezeheads evaluate: stopped\n"
 
 
 def test_console_script_runs_in_a_fresh_process(tmp_path):
@@ -351,7 +432,7 @@ def test_demo_in_full(tmp_path):
     """The shipped demo on one seed: the teacher clearly beats chance and its students."""
     assert main(["demo", "--seeds", "[0]", "--output", str(tmp_path / "run")]) == 0
     results = json.loads((tmp_path / "run" / "results.json").read_text())
-    assert results["teacher"]["accuracy"] > 0.9
+    assert results["teachers"]["teacher"]["accuracy"] > 0.9
     assert set(results["students"]) == set(yaml.safe_load(shipped_recipe("digits").read_text())["baselines"]) | {
         "distilled"
     }

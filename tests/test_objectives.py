@@ -9,9 +9,16 @@ import torch
 import torch.nn.functional as F
 
 from squeezeheads import (
+    AttentionMSE,
     Distillation,
+    HiddenStates,
+    JensenShannon,
     LogitKD,
+    MiniLMRelations,
+    OrthogonalProjection,
+    ReverseKL,
     SqueezedHeads,
+    SqueezedRelations,
     TaskLoss,
     attention_divergence,
     calibrate_groups,
@@ -30,11 +37,27 @@ ROWS = {
     "task": TaskLoss(weight=0.3),
     "logits": LogitKD(weight=0.7, temperature=2.0),
     "attention": SqueezedHeads(weight=1.5, temperature=1.3),
+    "squeezed_relations": SqueezedRelations(weight=0.6, weights="joint"),
+    "attention_mse": AttentionMSE(weight=0.8, compare="maps"),
+    "minilm": MiniLMRelations(weight=1.2, relation_heads=4, layers="uniform"),
+    "reverse_kl": ReverseKL(weight=0.9, temperature=1.5),
+    "jensen_shannon": JensenShannon(weight=1.1, temperature=0.8, beta=0.3),
+    "hidden_states": HiddenStates(weight=0.4, layers=[[0, 1], [1, 0]], normalisation="standardise"),
+    "orthogonal": OrthogonalProjection(weight=0.2, layers="uniform", normalisation="none"),
 }
+
+# Heads of the teacher; students have 3.
+TEACHER_HEADS = {name: 6 for name in ROWS} | {"attention_mse": 3}
 
 
 def fresh(name: str):
     return dataclasses.replace(ROWS[name])
+
+
+def gradients(student, distillation) -> list[torch.Tensor]:
+    """Of the student, and of what objectives train beside it."""
+    projectors = [o.projector for o in distillation.objectives.values() if o.projector is not None]
+    return [p.grad.clone() for m in (student, *projectors) for p in m.parameters() if p.grad is not None]
 
 
 def parts(batch: dict, sizes: list[int]) -> list[dict]:
@@ -48,7 +71,7 @@ def test_every_objective_has_a_row():
 
 @pytest.mark.parametrize("name", ROWS)
 def test_gradient_reaches_the_student_and_not_the_teacher(name):
-    teacher, student = classifier(6, seed=1), classifier(3)
+    teacher, student = classifier(TEACHER_HEADS[name], seed=1), classifier(3)
     out = Distillation(teacher, {name: fresh(name)})(student, image_batch(5))
     out.loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
@@ -60,9 +83,9 @@ def test_gradient_reaches_the_student_and_not_the_teacher(name):
 @pytest.mark.parametrize("name", ROWS)
 def test_parts_of_a_batch_add_up_to_the_whole(name):
     """Gradient accumulation, uneven parts: loss and gradient are those of the whole batch."""
-    teacher = language_model(6, seed=1)
+    teacher = language_model(TEACHER_HEADS[name], seed=1)
     batch = token_batch([9, 2, 5, 7, 1], total=9)
-    gradients = []
+    found = []
     for sizes in ([5], [1, 3, 1], [2, 3]):
         student = language_model(3)
         distillation = Distillation(teacher, {name: fresh(name)}, targets=next_token_targets, loss_takes_count=True)
@@ -71,23 +94,65 @@ def test_parts_of_a_batch_add_up_to_the_whole(name):
         total = sum(distillation(student, part, counts=counts).loss for part in parts(batch, sizes))
         # The last part of [1, 3, 1] has one token and so no prediction.
         total.backward()
-        gradients.append((total.detach(), [p.grad.clone() for p in student.parameters() if p.grad is not None]))
-    for loss, grads in gradients[1:]:
-        torch.testing.assert_close(loss, gradients[0][0], rtol=1e-5, atol=1e-7)
-        for a, b in zip(grads, gradients[0][1], strict=True):
+        found.append((total.detach(), gradients(student, distillation)))
+    for loss, grads in found[1:]:
+        torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-7)
+        for a, b in zip(grads, found[0][1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_padding_changes_nothing(name):
-    teacher, student = language_model(6, seed=1).eval(), language_model(3).eval()
+    """Neither its side nor its amount nor what stands there; a prompt that is masked away is no more than padding."""
+    teacher, student = language_model(TEACHER_HEADS[name], seed=1).eval(), language_model(3).eval()
     plain = token_batch([7, 4], total=7)
     distillation = Distillation(teacher, {name: fresh(name)}, targets=next_token_targets)
     distillation.prepare(student, [plain])
-    expected = distillation(student, plain).loss
-    for side, total in (("right", 11), ("left", 7), ("left", 12)):
-        loss = distillation(student, token_batch([7, 4], total=total, side=side)).loss
-        torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6, msg=f"{side} padding to {total}")
+    found = []
+    for side, total in (("right", 7), ("right", 11), ("left", 7), ("left", 12)):
+        batch = token_batch([7, 4], total=total, side=side)
+        if total > 7:
+            junk = torch.randint(1, 40, batch["input_ids"].shape, generator=torch.Generator().manual_seed(total))
+            batch["input_ids"] = torch.where(batch["attention_mask"] == 0, junk, batch["input_ids"])
+        for module in (student, distillation.objectives[name].projector):
+            if module is not None:
+                module.zero_grad()
+        loss = distillation(student, batch).loss
+        loss.backward()
+        found.append((f"{side} padding to {total}", loss.detach(), gradients(student, distillation)))
+    for how, loss, grads in found[1:]:
+        torch.testing.assert_close(loss, found[0][1], rtol=1e-5, atol=1e-6, msg=how)
+        for a, b in zip(grads, found[0][2], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=how)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_sample_that_counts_nothing_leaves_no_trace(name):
+    """An empty response: its rows and predictions count nothing. Alone it gives 0, and finite gradients."""
+    teacher, student = language_model(TEACHER_HEADS[name], seed=1).eval(), language_model(3).eval()
+    batch, empty = token_batch([7, 5], total=7), token_batch([6], total=7, seed=4)
+    empty["labels"].fill_(-100)
+    distillation = Distillation(
+        teacher,
+        {name: fresh(name)},
+        rows=lambda inputs: (inputs["labels"] != -100).any(-1, keepdim=True) & inputs["attention_mask"].bool(),
+        targets=next_token_targets,
+        loss_takes_count=True,
+    )
+    distillation.prepare(student, [batch])
+    found = []
+    for inputs in (batch, {k: torch.cat([v, empty[k]]) for k, v in batch.items()}, empty):
+        for module in (student, distillation.objectives[name].projector):
+            if module is not None:
+                module.zero_grad(set_to_none=False)
+        loss = distillation(student, inputs).loss
+        loss.backward()
+        found.append((loss.detach(), gradients(student, distillation)))
+    (alone, grads), (together, same), (nothing, none) = found
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-7)
+    for a, b in zip(same, grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    assert nothing == 0 and all((g == 0).all() for g in none)
 
 
 def test_logit_kd_is_the_mean_of_each_predictions_divergence():
@@ -193,6 +258,11 @@ def test_weights_decay_from_full_to_nothing(decay):
         (lambda: TaskLoss(weight=float("nan")), "weight=nan"),
         (lambda: TaskLoss(decay="quick"), "decay='quick'"),
         (lambda: LogitKD(temperature=0), "temperature=0"),
+        (lambda: ReverseKL(temperature=float("inf")), "temperature=inf"),
+        (lambda: JensenShannon(beta=0), "beta=0.*LogitKD"),
+        (lambda: JensenShannon(beta=1.0), "beta=1.0.*ReverseKL"),
+        (lambda: HiddenStates(normalisation="batch"), "normalisation='batch'"),
+        (lambda: OrthogonalProjection(calibration_batches=0), "calibration_batches=0"),
         (lambda: SqueezedHeads(temperature=-1), "temperature=-1"),
         (lambda: SqueezedHeads(calibration_batches=0), "calibration_batches=0"),
         (lambda: Distillation(None, {}), "empty"),
@@ -201,6 +271,13 @@ def test_weights_decay_from_full_to_nothing(decay):
         (lambda: pair_layers(2, 4, [[0, 4]]), r"\[0, 4\]"),
         (lambda: pair_layers(2, 4, [[0, 1], [0, 2]]), "each student layer once"),
         (lambda: pair_layers(0, 4), "student has 0"),
+        (lambda: pair_layers(2, 4, 5), r"layers=5: expected uniform, last, or pairs"),
+        (lambda: pair_layers(2, 4, None), r"layers=None: expected uniform, last, or pairs"),
+        (lambda: pair_layers(2, 4, [0, 1]), r"layers=\[0, 1\]: expected uniform, last, or pairs"),
+        (lambda: pair_layers(2, 4, [[0.5, 1]]), r"layers=\[\[0\.5, 1\]\]: expected .* whole numbers"),
+        (lambda: pair_layers(2, 4, ["01"]), r"layers=\['01'\]: expected"),
+        (lambda: pair_layers(2, 4, [[0, 1, 2]]), r"\[0, 1, 2\] is no pair"),
+        (lambda: pair_layers(2, 4, []), r"layers=\[\]: expected at least one pair"),
     ],
 )
 def test_impossible_options_are_named(make, message):

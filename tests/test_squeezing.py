@@ -522,3 +522,44 @@ def test_calibration_needs_a_batch():
 def test_calibration_refuses_impossible_head_counts(students):
     with pytest.raises(ValueError, match=str(students)):
         calibrate_groups([[make_record(17)]], students)
+
+
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    (
+        (([4, 4], [4, 4], [4, 6]), r"teacher_recordings\[2\] has 6 heads in layer 1 \('attention'\).*\[0\] has 4"),
+        (([4, 6], [4, 4], [4, 4]), r"teacher_recordings\[0\] has 6 heads in layer 1 \('attention'\).*\[1\] has 4"),
+        (([4, 4], [4], [4, 4]), r"teacher_recordings\[1\] holds 1 layers, where teacher_recordings\[0\] has 2"),
+    ),
+)
+def test_calibration_names_the_recording_of_other_layers(shapes, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate_groups([[make_record(heads=heads) for heads in shape] for shape in shapes], 2)
+
+
+# ------------------------------------------------------------------------------------------------- residual's mistakes
+
+
+@pytest.mark.parametrize(
+    ("mix", "message"),
+    (
+        ("foo", "mix='foo' is unknown: expected one of least_squares, .* or a mixing matrix"),
+        (
+            torch.ones(2, 3, 4),
+            r"mix has shape \(2, 3, 4\), expected \(B, S, T\) = \(2, 2, 4\) for 2 groups .*'attention'",
+        ),
+        (torch.ones(2, 2, 5), r"mix has shape \(2, 2, 5\), expected"),
+        (torch.ones(1, 2, 4), r"mix has shape \(1, 2, 4\), expected"),
+        (torch.ones(2, 4), r"mix has shape \(2, 4\), expected"),
+        (None, "mix is None, expected"),
+    ),
+)
+def test_residual_names_what_is_no_mix(mix, message):
+    with pytest.raises(ValueError, match=message):
+        squeezing_residual(make_record(), group_heads(4, 2), mix)
+
+
+def test_residual_of_single_heads_refuses_unknown_weights():
+    """Nothing is solved there, and still a misspelt mode must not pass."""
+    with pytest.raises(ValueError, match="mix='foo'"):
+        squeezing_residual(make_record(), group_heads(4, 4), "foo")

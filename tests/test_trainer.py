@@ -240,7 +240,7 @@ def test_checkpoint_is_plain_and_without_teacher(tmp_path):
 
 def test_teacher_stays_as_it_is(tmp_path):
     run = trainer(tmp_path)
-    teacher = run.distillation.teacher
+    teacher = run.distillation.teachers["teacher"]
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     run.train()
     assert all(torch.equal(p, before[name]) and p.grad is None for name, p in teacher.named_parameters())

@@ -11,24 +11,45 @@ from typing import TYPE_CHECKING, Any
 from squeezeheads.attention import AttentionRecord
 from squeezeheads.distillation import Distillation
 from squeezeheads.divergence import attention_divergence
-from squeezeheads.objectives import LogitKD, SqueezedHeads, TaskLoss, squeezed_attention_loss
+from squeezeheads.objectives import (
+    AttentionMSE,
+    HiddenStates,
+    JensenShannon,
+    LogitKD,
+    MiniLMRelations,
+    OrthogonalProjection,
+    ReverseKL,
+    SqueezedHeads,
+    SqueezedRelations,
+    TaskLoss,
+    squeezed_attention_loss,
+)
 from squeezeheads.pairing import pair_layers
 from squeezeheads.recording import AttentionRecording, RecordingError, record_attention
 from squeezeheads.squeezing import attention_energy, calibrate_groups, group_heads, mixing_matrix, squeezing_residual
 
 if TYPE_CHECKING:
+    from squeezeheads.on_policy import SqueezeDistillationTrainer
     from squeezeheads.trainer import SqueezeTrainer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "AttentionMSE",
     "AttentionRecord",
     "AttentionRecording",
     "Distillation",
+    "HiddenStates",
+    "JensenShannon",
     "LogitKD",
+    "MiniLMRelations",
+    "OrthogonalProjection",
     "RecordingError",
+    "ReverseKL",
+    "SqueezeDistillationTrainer",
     "SqueezeTrainer",
     "SqueezedHeads",
+    "SqueezedRelations",
     "TaskLoss",
     "attention_divergence",
     "attention_energy",
@@ -41,15 +62,20 @@ __all__ = [
     "squeezing_residual",
 ]
 
-_LAZY = {"SqueezeTrainer": "squeezeheads.trainer"}
+# Module of each name that needs more than the core, and the extra that brings it.
+_LAZY = {
+    "SqueezeDistillationTrainer": ("squeezeheads.on_policy", "trl"),
+    "SqueezeTrainer": ("squeezeheads.trainer", "hf"),
+}
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
+        module, extra = _LAZY[name]
         try:
-            return getattr(importlib.import_module(_LAZY[name]), name)
+            return getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
             raise ImportError(
-                f"{name} needs the package {error.name!r}: pip install 'squeezeheads[hf]'.", name=error.name
+                f"{name} needs the package {error.name!r}: pip install 'squeezeheads[{extra}]'.", name=error.name
             ) from error
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

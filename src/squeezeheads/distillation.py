@@ -1,19 +1,22 @@
-"""A teacher and a set of objectives: the named losses of one batch for any student."""
+"""Teachers and a set of objectives: the named losses of one batch for any student."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from squeezeheads.objectives import Evidence, Objective
-from squeezeheads.recording import AttentionRecording, record_attention
+from squeezeheads.recording import record_attention
 
 Inputs = Mapping[str, Any]
+
+ONLY = "teacher"
+"""Name of the teacher where there is one alone."""
 
 
 @dataclass
@@ -64,11 +67,12 @@ class Distillation:
         out = distillation(student, batch, progress=step / steps)
         out.loss.backward()
 
-    The teacher runs in eval mode without gradients and is asked for nothing that no objective needs (not at all, if
-    none needs it). Only planned attention layers are recorded.
+    Teachers run in eval mode without gradients and are asked for nothing that no objective needs (not at all, if none
+    needs them). Only planned attention layers are recorded.
 
     Args:
-        teacher: any model; ``None`` if no objective needs one.
+        teacher: any model; or several by name; ``None`` if no objective needs one. With several, an objective learns
+            from the one that its ``teacher`` names; logit objectives that name none, from the mean of all logits.
         objectives: name → objective. Values are reported under these names.
         rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding.
         targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for
@@ -78,12 +82,12 @@ class Distillation:
             counts nothing either way.
 
     Raises:
-        ValueError: no objective, or one that needs a teacher where there is none.
+        ValueError: no objective, or one whose teacher is not there or not named.
     """
 
     def __init__(
         self,
-        teacher: nn.Module | None,
+        teacher: nn.Module | Mapping[str, nn.Module] | None,
         objectives: Mapping[str, Objective],
         *,
         rows: Callable[[Inputs], Tensor | None] = padding_rows,
@@ -92,16 +96,13 @@ class Distillation:
     ) -> None:
         if not objectives:
             raise ValueError("objectives is empty: expected at least one, for example {'task': TaskLoss()}.")
-        for name, objective in objectives.items():
-            if not isinstance(objective, Objective):
-                raise TypeError(f"objectives[{name!r}] is a {type(objective).__name__}, expected an Objective.")
-            if teacher is None and objective.needs:
-                raise ValueError(f"objective {name!r} needs a teacher, but teacher is None.")
-        self.teacher = teacher
+        self.teachers = named_teachers(teacher)
         self.objectives = dict(objectives)
         self.rows = rows
         self.targets = targets
         self.loss_takes_count = loss_takes_count
+        # The teachers of each objective, by name.
+        self._sources = {name: _sources(name, objective, self.teachers) for name, objective in objectives.items()}
 
     @property
     def prepared(self) -> bool:
@@ -119,9 +120,10 @@ class Distillation:
         return max(objective.batches_to_prepare for objective in self.objectives.values())
 
     def prepare(self, student: nn.Module, batches: Sequence[Inputs]) -> None:
-        """Run both models once without gradients, check that they fit, and let objectives decide what to record.
+        """Run all models once without gradients, check that they fit, and let objectives decide what to record.
 
-        Call it before training: every mismatch shows here. Without it the first batch serves.
+        Call it before training: every mismatch shows here. Without it the first batch serves. Objectives with the same
+        teacher and the same options share one plan.
 
         Args:
             student: the model to be trained.
@@ -134,19 +136,59 @@ class Distillation:
             return
         if not batches:
             raise ValueError("prepare needs at least one batch.")
-        assert self.teacher is not None  # checked in __init__
-        with torch.no_grad(), _evaluating(student), _evaluating(self.teacher):
-            with record_attention(student) as learned:
-                student(**_without_labels(batches[0]))
-            taught: list[AttentionRecording] = []
-            for batch in batches:
-                with record_attention(self.teacher) as recording:
-                    self.teacher(**_without_labels(batch))
-                taught.append(recording)
-            rows = [self.rows(batch) for batch in batches]
-            for objective in self.objectives.values():
-                if "attention" in objective.needs:
-                    objective.prepare(learned, taught, rows)
+        open_ = {name: o for name, o in self.objectives.items() if not o.prepared}
+        hidden = any("hidden_states" in o.needs for o in open_.values())
+        with torch.no_grad(), _evaluating(student):
+            # A student's layers are recorded where some objective compares attention: a model may have none.
+            attends = any("attention" in o.needs for o in open_.values())
+            with _recording(student, None if attends else []) as learned:
+                outputs = student(**_without_labels(batches[0]), **_asking_for(hidden))
+        observed: dict[str, list[Evidence]] = {}
+        for name, objective in open_.items():
+            (source,) = self._sources[name]  # what needs no preparation may have several
+            if source not in observed:
+                mine = [o for n, o in open_.items() if self._sources[n] == [source]]
+                observed[source] = self._observe(source, mine, batches)
+                observed[source][0] = replace(observed[source][0], student=outputs, learned=dict(enumerate(learned)))
+            twin = self._twin(name)
+            if twin is not None:
+                objective.plan_from_json(twin.plan_to_json())
+                objective.check(observed[source][0])
+            else:
+                objective.prepare(observed[source])
+
+    def _observe(self, source: str, objectives: Sequence[Objective], batches: Sequence[Inputs]) -> list[Evidence]:
+        """A teacher's forward passes on calibration batches, with all that the objectives need."""
+        teacher = self.teachers[source]
+        hidden = any("hidden_states" in o.needs for o in objectives)
+        attends = any("attention" in o.needs for o in objectives)
+        observed = []
+        with torch.no_grad(), _evaluating(teacher):
+            for batch in batches[: max(o.batches_to_prepare for o in objectives)]:
+                with _recording(teacher, None if attends else []) as taught:
+                    outputs = teacher(**_without_labels(batch), **_asking_for(hidden))
+                observed.append(
+                    Evidence(
+                        batch,
+                        student=None,
+                        teacher=outputs,
+                        taught=dict(enumerate(taught)),
+                        rows=self.rows(batch),
+                        targets=self.targets(batch),
+                    )  # fmt: skip
+                )
+        return observed
+
+    def _twin(self, name: str) -> Objective | None:
+        """A prepared objective that decided by the same options for the same teacher."""
+        objective = self.objectives[name]
+        for other, twin in self.objectives.items():
+            same = self._sources[other] == self._sources[name] and twin.plan_options == objective.plan_options
+            if twin.projector is not None:
+                continue  # what is in a projector is in no plan
+            if other != name and same and twin.plan_options and twin.prepared:
+                return twin
+        return None
 
     def count(self, inputs: Inputs) -> dict[str, Tensor]:
         """How many items each objective's mean is taken over: sums over parts of a batch weigh the parts."""
@@ -172,40 +214,91 @@ class Distillation:
         """
         if not self.prepared:
             self.prepare(student, [inputs])
-        needs = frozenset().union(*(o.needs for o in self.objectives.values()))
-        student_positions = sorted(set().union(*(o.student_positions for o in self.objectives.values())))
-        teacher_positions = sorted(set().union(*(o.teacher_positions for o in self.objectives.values())))
-        evidence = Evidence(inputs, student=None, rows=self.rows(inputs), targets=self.targets(inputs))
-        if needs:
-            assert self.teacher is not None  # checked in __init__
-            with torch.no_grad(), _evaluating(self.teacher), _recording(self.teacher, teacher_positions) as taught:
-                evidence.teacher = self.teacher(**_without_labels(inputs))
-            evidence.taught = dict(zip(teacher_positions, taught, strict=True))
-        with _recording(student, student_positions) as learned:
-            evidence.student = student(**inputs, **self._loss_count(evidence))
-        evidence.learned = dict(zip(student_positions, learned, strict=True))
+        whole = Evidence(inputs, student=None, rows=self.rows(inputs), targets=self.targets(inputs))
+        outputs: dict[str, Any] = {}
+        taught: dict[str, dict[int, Any]] = {}
+        for source in self.teachers:
+            mine = [o for name, o in self.objectives.items() if source in self._sources[name]]
+            if mine:
+                outputs[source], taught[source] = self._teach(source, mine, inputs)
+        positions = sorted(set().union(*(o.student_positions for o in self.objectives.values())))
+        hidden = any("hidden_states" in o.needs for o in self.objectives.values())
+        with _recording(student, positions) as learned:
+            whole.student = student(**inputs, **self._loss_count(whole), **_asking_for(hidden))
+        whole.learned = dict(zip(positions, learned, strict=True))
 
         terms: dict[str, Tensor] = {}
-        mine: dict[str, Tensor] = {}
+        counted: dict[str, Tensor] = {}
         loss: Tensor | None = None
         for name, objective in self.objectives.items():
+            sources = self._sources[name]
+            if len(sources) == 1:
+                evidence = replace(whole, teacher=outputs[sources[0]], taught=taught[sources[0]])
+            else:
+                evidence = replace(whole, teacher=[outputs[source] for source in sources] or None)
             value = objective(evidence)
             terms[name] = value.detach()
-            mine[name] = _count(objective, inputs, evidence.rows, evidence.targets)
+            counted[name] = _count(objective, inputs, whole.rows, whole.targets)
             share: Tensor | float = 1.0
             if counts is not None:
-                share = mine[name] / counts[name].clamp_min(1)
+                share = counted[name] / counts[name].clamp_min(1)
             # A mean over no item is not a number in models that take no count; it counts nothing.
-            value = torch.where(mine[name] > 0, value, 0.0)
+            value = torch.where(counted[name] > 0, value, 0.0)
             part = objective.weight_at(progress) * objective.scale * share * value
             loss = part if loss is None else loss + part
         assert loss is not None
-        return DistillationOutput(loss, terms, mine, evidence.student)
+        return DistillationOutput(loss, terms, counted, whole.student)
+
+    def _teach(self, source: str, objectives: Sequence[Objective], inputs: Inputs) -> tuple[Any, dict[int, Any]]:
+        """A teacher's outputs on a batch, and its planned attention by position."""
+        teacher = self.teachers[source]
+        positions = sorted(set().union(*(o.teacher_positions for o in objectives)))
+        hidden = any("hidden_states" in o.needs for o in objectives)
+        with torch.no_grad(), _evaluating(teacher), _recording(teacher, positions) as taught:
+            outputs = teacher(**_without_labels(inputs), **_asking_for(hidden))
+        return outputs, dict(zip(positions, taught, strict=True))
 
     def _loss_count(self, evidence: Evidence) -> dict[str, Tensor]:
         if not self.loss_takes_count or evidence.targets is None or "labels" not in evidence.inputs:
             return {}
         return {"num_items_in_batch": evidence.targets.sum().clamp_min(1)}
+
+
+def named_teachers(teacher: nn.Module | Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:
+    """Teachers by name; a single one is called "teacher"."""
+    if teacher is None:
+        return {}
+    if isinstance(teacher, nn.Module):
+        return {ONLY: teacher}
+    for name, model in teacher.items():
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"teacher[{name!r}] is a {type(model).__name__}, expected an nn.Module.")
+    return dict(teacher)
+
+
+def _sources(name: str, objective: Objective, teachers: Mapping[str, nn.Module]) -> list[str]:
+    """The names of the teachers that an objective learns from."""
+    if not isinstance(objective, Objective):
+        raise TypeError(f"objectives[{name!r}] is a {type(objective).__name__}, expected an Objective.")
+    if not objective.needs:
+        return []
+    if not teachers:
+        raise ValueError(f"objective {name!r} needs a teacher, but teacher is None.")
+    if objective.teacher is not None:
+        if objective.teacher not in teachers:
+            raise ValueError(
+                f"objective {name!r} learns from teacher={objective.teacher!r}, but the teachers are "
+                f"{', '.join(map(repr, teachers))}."
+            )
+        return [objective.teacher]
+    if len(teachers) == 1:
+        return list(teachers)
+    if objective.needs != {"teacher_logits"}:
+        raise ValueError(
+            f"objective {name!r} does not say which of the teachers {', '.join(map(repr, teachers))} it learns from: "
+            "set its `teacher`. Logits alone can be averaged; for attention from each, give one objective a teacher."
+        )
+    return list(teachers)
 
 
 def _count(objective: Objective, inputs: Inputs, rows: Tensor | None, targets: Tensor | None) -> Tensor:
@@ -220,8 +313,13 @@ def _without_labels(inputs: Inputs) -> dict[str, Any]:
     return {key: value for key, value in inputs.items() if key != "labels"}
 
 
-def _recording(model: nn.Module, positions: list[int]) -> Any:
-    return record_attention(model, layers=positions) if positions else nullcontext([])
+def _asking_for(hidden_states: bool) -> dict[str, bool]:
+    return {"output_hidden_states": True} if hidden_states else {}
+
+
+def _recording(model: nn.Module, positions: list[int] | None) -> Any:
+    """Record these layers; ``None`` is all."""
+    return nullcontext([]) if positions == [] else record_attention(model, layers=positions)
 
 
 @contextmanager
@@ -238,9 +336,11 @@ def _evaluating(model: nn.Module) -> Any:
 
 
 __all__ = [
+    "ONLY",
     "Distillation",
     "DistillationOutput",
     "labelled_targets",
+    "named_teachers",
     "next_token_targets",
     "padding_rows",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 LayerPairs = tuple[tuple[int, int], ...]
@@ -23,7 +24,7 @@ def pair_layers(
             ``[[student, teacher], …]``, counted from 0.
 
     Raises:
-        ValueError: no layers, an unknown strategy, a pair out of range, a student layer named twice.
+        ValueError: no layers, an unknown strategy, what is no pair, a pair out of range, a student layer named twice.
 
     Source: METHOD §4 (a choice of this project).
     """
@@ -38,14 +39,20 @@ def pair_layers(
         raise ValueError(
             f"layers={strategy!r} is unknown: expected {', '.join(STRATEGIES)}, or pairs [[student, teacher], …]."
         )
+    try:  # index takes the whole numbers of any library, and no fractions
+        named = [[operator.index(layer) for layer in pair] for pair in strategy]
+    except TypeError:
+        raise ValueError(
+            f"layers={strategy!r}: expected {', '.join(STRATEGIES)}, or pairs [[student, teacher], …] of whole numbers."
+        ) from None
     pairs = []
-    for pair in strategy:
+    for pair in named:
         if len(pair) != 2 or not 0 <= pair[0] < student_layers or not 0 <= pair[1] < teacher_layers:
             raise ValueError(
-                f"layers: {list(pair)} is no pair [student, teacher] with a student layer from 0 to "
+                f"layers: {pair} is no pair [student, teacher] with a student layer from 0 to "
                 f"{student_layers - 1} and a teacher layer from 0 to {teacher_layers - 1}."
             )
-        pairs.append((int(pair[0]), int(pair[1])))
+        pairs.append((pair[0], pair[1]))
     students = [s for s, _ in pairs]
     if not pairs or len(set(students)) != len(students):
         raise ValueError(f"layers={[list(p) for p in pairs]}: expected at least one pair, and each student layer once.")

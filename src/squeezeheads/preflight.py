@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments, default_data_collator, set_seed
+from torch import nn
+from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError
@@ -40,29 +41,42 @@ class Models:
     recipe: Recipe
 
     def __post_init__(self) -> None:
-        teacher, student = self.recipe.teacher, self.recipe.student
-        if teacher.path is not None:
-            self.teacher_config = AutoConfig.from_pretrained(teacher.path, trust_remote_code=False)
-        else:
-            self.teacher_config = new_config(self.task, teacher.config, "teacher.config")
+        self.teacher_configs: dict[str, Any] = {}
+        for name, spec in self.recipe.named_teachers.items():
+            key = self.recipe.teacher_key(name)
+            if spec.path is None:
+                self.teacher_configs[name] = new_config(self.task, spec.config, f"{key}.config")
+            else:
+                self.teacher_configs[name] = _pretrained_config(spec.path, f"{key}.path")
+        student = self.recipe.student
         if student.path is None:
-            self.student_config = new_config(self.task, student.config, "student.config", base=self.teacher_config)
+            base = next(iter(self.teacher_configs.values()))
+            self.student_config = new_config(self.task, student.config, "student.config", base=base)
+        else:
+            self.student_config = _pretrained_config(student.path, "student.path")
 
-    def new_teacher(self) -> PreTrainedModel:
+    def new_teacher(self, name: str) -> PreTrainedModel:
         """The pretrained teacher, or one with random weights."""
-        spec = self.recipe.teacher
+        spec = self.recipe.named_teachers[name]
         if spec.path is not None:
-            return self.task.load(spec.path, spec.attn_implementation)
+            return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
         set_seed(TEACHER_SEED)
-        return self.task.build(copy.deepcopy(self.teacher_config), spec.attn_implementation)
+        return self.task.build(copy.deepcopy(self.teacher_configs[name]), spec.attn_implementation)
 
     def new_student(self, seed: int) -> PreTrainedModel:
         """A student as it is before training: the same for every set of objectives."""
         spec = self.recipe.student
         set_seed(seed)  # a pretrained student too: a head that its checkpoint lacks is drawn at random
         if spec.path is not None:
-            return self.task.load(spec.path, spec.attn_implementation)
+            return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
         return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation)
+
+
+def _pretrained_config(path: str, key: str) -> Any:
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ImportError, ValueError) as error:
+        raise RecipeError(f"{key}={path!r} cannot be loaded: {error}") from error
 
 
 def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None) -> None:
@@ -100,31 +114,25 @@ def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
         yield key
 
 
-def make_models(task: Task, recipe: Recipe) -> Models:
+def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
+    """One batch through all models, trained or not: what does not fit shows before hours are spent."""
+    task = models.task
+    batch = task.collate([splits.train[index] for index in range(min(4, len(splits.train)))])
     try:
-        return Models(task, recipe)
-    except (OSError, ImportError) as error:
-        raise RecipeError(f"teacher.path={recipe.teacher.path!r} cannot be loaded: {error}") from error
-    except ValueError as error:
+        teachers: dict[str, nn.Module] = {name: models.new_teacher(name) for name in recipe.named_teachers}
+        student = models.new_student(recipe.seeds[0])
+    except (OSError, ValueError, ImportError) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"teacher.path={recipe.teacher.path!r} cannot be loaded: {error}") from error
-
-
-def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
-    """One batch through both models, trained or not: what does not fit shows before hours are spent."""
-    batch = default_data_collator(list(splits.train[:4]))
-    try:
-        teacher, student = models.new_teacher(), models.new_student(recipe.seeds[0])
-    except (OSError, ValueError, ImportError) as error:
         raise RecipeError(
             f'a model cannot be loaded or built: {error} Attention is recorded under attn_implementation="sdpa" alone.'
         ) from error
-    for whose, model in (("teacher", teacher), ("student", student)):
-        models.task.check_model(model.config, whose)
+    for name, teacher in teachers.items():
+        task.check_model(teacher.config, recipe.teacher_key(name))
+    task.check_model(student.config, "student")
     for name, objectives in recipe.arms.items():
         try:
-            trial = Distillation(teacher, copy.deepcopy(objectives))
+            trial = Distillation(teachers, copy.deepcopy(objectives), rows=task.rows, targets=task.targets)
             trial.prepare(student, [batch])
             with torch.no_grad():
                 trial(student, batch)
@@ -137,8 +145,10 @@ def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
 def check_training(recipe: Recipe) -> None:
     """The options of every training of the run: transformers' own checks of them, before any."""
     # The machine's part of them (bf16 where there is none …) is checked here too.
-    if recipe.teacher.path is None and recipe.teacher.training is not None:
-        training_arguments(recipe.teacher.training, "teacher.training", Path(recipe.output), TEACHER_SEED)
+    for name, spec in recipe.named_teachers.items():
+        if spec.training is not None:
+            key = f"{recipe.teacher_key(name)}.training"
+            training_arguments(spec.training, key, Path(recipe.output), TEACHER_SEED)
     training_arguments(recipe.training, "training", Path(recipe.output), recipe.seeds[0])
 
 
@@ -182,9 +192,14 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
         raise RecipeError(f"{key}.arguments: no such option of TrainingArguments: {' '.join(hints)}")
     try:
         args = TrainingArguments(**{**free, **fixed, **spec.arguments})
-        device, gpus = args.device, args.n_gpu
+        device, gpus, processes = args.device, args.n_gpu, args.world_size
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{key}: transformers refuses these options: {error}") from error
+    if processes > 1:
+        raise RecipeError(
+            f"{processes} processes were launched and a run is one: start it without torchrun or accelerate launch. To "
+            "train with several, write a script around SqueezeTrainer."
+        )
     if gpus > 1:
         raise RecipeError(f"{gpus} GPUs are visible and a run uses one: choose it, CUDA_VISIBLE_DEVICES=0.")
     if device.type == "mps":

@@ -18,18 +18,23 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from squeezeheads.distillation import ONLY
 from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import OBJECTIVES, Objective
 from squeezeheads.tasks import TASKS, Task
 
 
 # One optional field an entry, so that recipes name objectives and tasks by their keys and a new one is one entry there.
-def _optional_fields(name: str, classes: Mapping[str, type], doc: str) -> type:
-    fields = [(key, cls | None, field(default=None)) for key, cls in classes.items()]
+def _optional_fields(name: str, types: Mapping[str, Any], doc: str) -> type:
+    fields = [(key, option | None, field(default=None)) for key, option in types.items()]
     return make_dataclass(name, fields, namespace={"__module__": __name__, "__doc__": doc})
 
 
-Objectives = _optional_fields("Objectives", OBJECTIVES, "Objectives by name; those left out are not used.")
+Objectives = _optional_fields(
+    "Objectives",
+    {key: cls | list[cls] for key, cls in OBJECTIVES.items()},  # type: ignore[valid-type]
+    "Objectives by name; those left out are not used. A list gives several of a kind: one a teacher.",
+)
 TaskChoice = _optional_fields("TaskChoice", TASKS, "Exactly one task, by name.")
 
 
@@ -82,6 +87,9 @@ class ModelSpec:
     student's keys are changes to the teacher's configuration."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """transformers' attention kernel; attention can be recorded under "sdpa" alone, others serve runs without it."""
+    dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
+    """In which numbers a pretrained model is loaded; "auto" is as it was saved. A student that is trained in less than
+    float32 loses small updates: use training.precision instead."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.config:
@@ -92,10 +100,22 @@ class ModelSpec:
 
 @dataclass
 class TeacherSpec(ModelSpec):
-    """The teacher: pretrained, or trained at the start of the run."""
+    """The teacher: pretrained, trained at the start of the run, or both: a pretrained model that is trained further."""
 
     training: TrainingSpec | None = None
-    """How a new teacher is trained; needed without path."""
+    """How it is trained at the start of the run; needed without path."""
+
+    def check(self, key: str) -> None:
+        """
+        Raises:
+            ValueError: neither a pretrained teacher, nor all that a new one needs.
+        """
+        if self.path is None and self.training is None:
+            raise ValueError(
+                f"{key} has neither path nor training: give the folder of a pretrained teacher, or train one."
+            )
+        if self.path is None and "model_type" not in self.config:
+            raise ValueError(f"{key}.config names no model_type: expected one, for example vit.")
 
 
 @dataclass
@@ -104,12 +124,15 @@ class Recipe:
 
     task: TaskChoice  # type: ignore[valid-type]
     """What is learned, from which data."""
-    teacher: TeacherSpec
-    """The model that teaches."""
     student: ModelSpec
     """The model that learns."""
     objectives: Objectives  # type: ignore[valid-type]
     """What the student learns from."""
+    teacher: TeacherSpec | None = None
+    """The model that teaches."""
+    teachers: dict[str, TeacherSpec] = field(default_factory=dict)
+    """In place of teacher: several, by name. Objectives say whom they learn from with their own key teacher; logits are
+    averaged where they don't. A student's config is changes to that of the first."""
     training: TrainingSpec = field(default_factory=TrainingSpec)
     """How students are trained."""
     baselines: dict[str, Objectives] = field(default_factory=dict)  # type: ignore[valid-type]
@@ -140,12 +163,23 @@ class Recipe:
             if not objectives:
                 where = "objectives" if name == DISTILLED else f"baselines.{name}"
                 raise ValueError(f"{where} is empty: expected at least one of {', '.join(OBJECTIVES)}.")
-        if self.teacher.path is None and self.teacher.training is None:
-            raise ValueError(
-                "teacher has neither path nor training: give the folder of a pretrained teacher, or train one."
-            )
-        if self.teacher.path is None and "model_type" not in self.teacher.config:
-            raise ValueError("teacher.config names no model_type: expected one, for example vit.")
+        if (self.teacher is None) == (not self.teachers):
+            raise ValueError("teacher and teachers: expected exactly one of them.")
+        for name, spec in self.teachers.items():
+            if not name or folder_name(name) != name:
+                raise ValueError(f"teachers.{name}: expected a name of letters, digits, - and _.")
+            spec.check(f"teachers.{name}")
+        if self.teacher is not None:
+            self.teacher.check("teacher")
+
+    @property
+    def named_teachers(self) -> dict[str, TeacherSpec]:
+        """All teachers by name; the only one is called "teacher"."""
+        return dict(self.teachers) if self.teacher is None else {ONLY: self.teacher}
+
+    def teacher_key(self, name: str) -> str:
+        """Where a teacher stands in the recipe, for messages."""
+        return f"teachers.{name}" if self.teacher is None else "teacher"
 
     @property
     def chosen_task(self) -> Task:
@@ -156,7 +190,7 @@ class Recipe:
     def arms(self) -> dict[str, dict[str, Objective]]:
         """All sets of objectives by name: the baselines, then the recipe's own."""
         named = {**self.baselines, DISTILLED: self.objectives}
-        return {name: _chosen(objectives) for name, objectives in named.items()}
+        return {name: _flat(_chosen(objectives)) for name, objectives in named.items()}
 
 
 DISTILLED = "distilled"
@@ -173,16 +207,28 @@ def _chosen(options: Any) -> dict[str, Any]:
     return {name: value for name, value in values.items() if value is not None}
 
 
-def recipe_parser(prog: str, description: str, path: str | Path | None = None) -> Any:
-    """A jsonargparse parser with an option for every key of a recipe; those that ``path`` gives are its defaults."""
-    from jsonargparse import ArgumentParser, set_parsing_settings
+def _flat(objectives: Mapping[str, Objective | list[Objective]]) -> dict[str, Objective]:
+    """One entry an objective: those of a list are named after their teacher as well.
 
-    set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    files: list[str | PathLike[str]] | None = (
-        [glob.escape(str(path))] if path is not None else None
-    )  # jsonargparse takes them for patterns
-    parser = ArgumentParser(prog=prog, description=description, exit_on_error=False, default_config_files=files)
-    parser.add_argument("recipe", type=str, help="YAML file")
+    Raises:
+        ValueError: two of a list that would have one name.
+    """
+    flat: dict[str, Objective] = {}
+    for key, value in objectives.items():
+        for objective in value if isinstance(value, list) else [value]:
+            name = f"{key}-{objective.teacher}" if isinstance(value, list) else key
+            if name in flat:
+                raise ValueError(f"{key}: several for teacher={objective.teacher!r}: expected one a teacher.")
+            flat[name] = objective
+    return flat
+
+
+def recipe_parser(path: Path) -> Any:
+    """A jsonargparse parser with an option for every key of a recipe; those that ``path`` gives are its defaults."""
+    from jsonargparse import ArgumentParser
+
+    files: list[str | PathLike[str]] = [glob.escape(str(path))]  # jsonargparse takes them for patterns
+    parser = ArgumentParser(prog="squeezeheads", exit_on_error=False, default_config_files=files, add_help=False)
     parser.add_class_arguments(Recipe, None)
     return parser
 
@@ -202,9 +248,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not Path(path).is_file():
         raise RecipeError(f"{path}: no such recipe. Expected a YAML file; `squeezeheads demo` runs a shipped one.")
     _refuse_imports(Path(path), overrides)
-    parser = recipe_parser("squeezeheads", "", path)
     try:
-        parsed = parser.parse_args([str(path), *overrides]).as_dict()
+        parsed = recipe_parser(Path(path)).parse_args(list(overrides)).as_dict()
     except ArgumentError as error:
         raise RecipeError(f"{path}: {_readable(str(error))}") from error
     values = {f.name: parsed[f.name] for f in dataclasses.fields(Recipe)}
@@ -244,6 +289,11 @@ def _check_mappings(kind: Any, value: Any, key: str) -> None:
         if kind is not Any and type(None) not in get_args(kind):
             raise ValueError(f"{key or 'recipe'}: expected a value, got nothing.")
         return
+    listed = _listed(kind)
+    if listed is not None and isinstance(value, list):
+        for index, part in enumerate(value):
+            _check_mappings(listed, part, f"{key}[{index}]")
+        return
     option = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)
     if option is None:
         return
@@ -262,8 +312,17 @@ def _check_mappings(kind: Any, value: Any, key: str) -> None:
             raise ValueError(f"unknown key {where!r}.{hint}")
 
 
+def _listed(kind: Any) -> type | None:
+    """The dataclass that a type allows a list of, if it does."""
+    parts = (part for option in get_args(kind) if get_origin(option) is list for part in get_args(option))
+    return next((part for part in parts if dataclasses.is_dataclass(part) and isinstance(part, type)), None)
+
+
 def _build(kind: Any, value: Any, key: str) -> Any:
     """Dataclasses from plain data whose types are checked already; impossible values are reported with their key."""
+    listed = _listed(kind)
+    if listed is not None and isinstance(value, list):
+        return [_build(listed, part, f"{key.removesuffix('.')}[{index}].") for index, part in enumerate(value)]
     if isinstance(value, dict) and get_origin(kind) is dict:
         return {name: _build(get_args(kind)[1], part, f"{key}{name}.") for name, part in value.items()}
     option: Any = next((k for k in (kind, *get_args(kind)) if dataclasses.is_dataclass(k)), None)
@@ -303,7 +362,7 @@ def dump_recipe(recipe: Recipe) -> dict[str, Any]:
             return {name: item for name, item in items.items() if item is not None}
         if isinstance(value, dict):
             return {name: plain(item) for name, item in value.items()}
-        return value
+        return [plain(item) for item in value] if isinstance(value, list) else value
 
     return plain(recipe)
 

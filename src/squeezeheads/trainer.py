@@ -4,22 +4,32 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from squeezeheads.distillation import Distillation, labelled_targets, next_token_targets
+from squeezeheads.distillation import (
+    Distillation,
+    Inputs,
+    labelled_targets,
+    named_teachers,
+    next_token_targets,
+    padding_rows,
+)
 from squeezeheads.files import store_json
 from squeezeheads.objectives import Objective
 
 PLAN_FILE = "squeeze_plan.json"
+PROJECTOR_FILE = "projectors.safetensors"
 
 
 class SqueezeTrainer(Trainer):
@@ -36,13 +46,18 @@ class SqueezeTrainer(Trainer):
     are taken over the items of the whole batch: gradient accumulation, uneven batches and several processes change
     nothing. Before the first step both models are run on calibration batches from the training data and checked against
     each other; what was decided is kept in ``args.output_dir/squeeze_plan.json`` and taken up again on resume.
-    Evaluation is that of the student alone. The teacher is in no checkpoint.
+    Evaluation is that of the student alone. No teacher is in a checkpoint. Projectors that objectives train are
+    optimised with the student (at its learning rate, without weight decay or clipping) and kept in a checkpoint beside
+    it, in ``projectors.safetensors``; the saved student is without them.
 
     Args:
         model: the student.
-        teacher: the teacher, or ``None`` where no objective needs one. It is moved to the trainer's device.
+        teacher: the teacher, several by name, or ``None`` where no objective needs one. Moved to the trainer's device.
         args: training arguments.
         objectives: name → objective.
+        rows: inputs → (B, Q) query rows that count for attention, see ``Distillation``.
+        targets: inputs → predictions that count; by default labels other than -100, shifted where the student's loss
+            shifts them (causal language models).
         **kwargs: as for ``transformers.Trainer``.
 
     Raises:
@@ -56,10 +71,12 @@ class SqueezeTrainer(Trainer):
     def __init__(
         self,
         model: nn.Module,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | Mapping[str, nn.Module] | None = None,
         args: TrainingArguments | None = None,
         *,
         objectives: Mapping[str, Objective],
+        rows: Callable[[Inputs], Tensor | None] = padding_rows,
+        targets: Callable[[Inputs], Tensor | None] | None = None,
         **kwargs: Any,
     ) -> None:
         if args is not None and args.label_smoothing_factor:
@@ -76,13 +93,18 @@ class SqueezeTrainer(Trainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would be ignored: write an Objective instead.")
         super().__init__(model=model, args=args, **kwargs)
-        targets = next_token_targets if self._loss_shifts_labels else labelled_targets
+        if targets is None:
+            targets = next_token_targets if self._loss_shifts_labels else labelled_targets
+        prepared = {
+            name: self.accelerator.prepare_model(model, evaluation_mode=True)
+            for name, model in named_teachers(teacher).items()
+        }
         self.distillation = Distillation(
-            teacher, objectives, targets=targets, loss_takes_count=self.model_accepts_loss_kwargs
+            prepared, objectives, rows=rows, targets=targets, loss_takes_count=self.model_accepts_loss_kwargs
         )
-        if teacher is not None:
-            self.distillation.teacher = self.accelerator.prepare_model(teacher, evaluation_mode=True)
         self._batch_counts: dict[str, Tensor] | None = None
+        self._projectors_placed = False
+        self.add_callback(_ForgetGradients(self._projectors))
         self._sums: dict[str, Tensor] = {}
         self._items: dict[str, Tensor] = {}
 
@@ -103,29 +125,84 @@ class SqueezeTrainer(Trainer):
         Args:
             resume: take up the stored plan of an earlier start where there is one.
         """
-        stored = Path(str(self.args.output_dir)) / PLAN_FILE
-        squeezed = {n: o for n, o in self.distillation.objectives.items() if "attention" in o.needs}
-        options = {name: objective.plan_options for name, objective in squeezed.items()}
-        if self.distillation.prepared:
+        if self.distillation.prepared and self._projectors_placed:
             return
-        plans: dict[str, Any] = {}
-        if resume and stored.is_file():
-            kept = json.loads(stored.read_text())
-            if kept["options"] != options:
-                raise ValueError(
-                    f"{stored} was made for {kept['options']}, but the objectives are {options}: resume with the "
-                    "objectives that the run was started with, or start it afresh in another output_dir."
-                )
-            plans = kept["plans"]
-        else:
-            self.distillation.prepare(self.model, self._calibration_batches())
-            plans = {name: objective.plan_to_json() for name, objective in squeezed.items()}
-        # Every process found groups on its own share of the data: all go by the first one's.
-        broadcast_object_list(box := [plans])
-        for name, objective in squeezed.items():
-            objective.plan_from_json(box[0][name])
-        if self.args.should_save:
-            store_json(stored, {"options": options, "plans": box[0]})
+        stored = Path(str(self.args.output_dir)) / PLAN_FILE
+        planned = {n: o for n, o in self.distillation.objectives.items() if o.plan_options}
+        options = {name: {**o.plan_options, "teacher": o.teacher} for name, o in planned.items()}
+        if not self.distillation.prepared:
+            plans: dict[str, Any] = {}
+            if resume and stored.is_file():
+                kept = json.loads(stored.read_text())
+                if kept["options"] != options:
+                    raise ValueError(
+                        f"{stored} was made for {kept['options']}, but the objectives are {options}: resume with the "
+                        "objectives that the run was started with, or start it afresh in another output_dir."
+                    )
+                plans = kept["plans"]
+            else:
+                self.distillation.prepare(self.model, self._calibration_batches())
+                plans = {name: objective.plan_to_json() for name, objective in planned.items()}
+            # Every process decided on its own share of the data: all go by the first one's.
+            broadcast_object_list(box := [plans])
+            for name, objective in planned.items():
+                objective.plan_from_json(box[0][name])
+            if self.args.should_save:
+                store_json(stored, {"options": options, "plans": box[0]})
+        for objective in self.distillation.objectives.values():
+            if objective.projector is not None:
+                objective.projector = self.accelerator.prepare_model(objective.projector)
+        self._projectors_placed = True
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """As ``Trainer.create_optimizer``, and a group for the projectors of objectives."""
+        given = self.optimizer is not None
+        optimizer = super().create_optimizer(model)
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        projectors = [p for m in self._projectors().values() for p in m.parameters() if p.requires_grad]
+        missing = [p for p in projectors if id(p) not in held]
+        if missing and given:
+            raise ValueError(
+                f"the optimizer that was given lacks the projectors of {', '.join(self._projectors())}: call prepare() "
+                "first and add objective.projector's parameters, or let the trainer make the optimizer."
+            )
+        if missing:
+            optimizer.add_param_group({"params": missing, "weight_decay": 0.0})
+        return optimizer
+
+    def _projectors(self) -> dict[str, nn.Module]:
+        """Unwrapped, by the name of their objective."""
+        return {
+            name: self.accelerator.unwrap_model(objective.projector, keep_torch_compile=False)
+            for name, objective in self.distillation.objectives.items()
+            if objective.projector is not None
+        }
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        projectors = self._projectors()
+        if projectors and self.args.should_save:
+            # Before the rest: what marks a checkpoint as whole is written last.
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            folder.mkdir(parents=True, exist_ok=True)
+            tensors = {f"{n}/{k}": v.contiguous() for n, m in projectors.items() for k, v in m.state_dict().items()}
+            save_file(tensors, folder / PROJECTOR_FILE)
+        super()._save_checkpoint(model, trial)
+
+    def _load_projectors(self, checkpoint: str) -> None:
+        projectors = self._projectors()
+        if not projectors:
+            return
+        file = Path(checkpoint) / PROJECTOR_FILE
+        if not file.is_file():
+            raise RuntimeError(
+                f"{checkpoint} holds no {PROJECTOR_FILE}, but {', '.join(projectors)} train a projector: it is the "
+                "checkpoint of a run with other objectives."
+            )
+        tensors = load_file(file)
+        for name, module in projectors.items():
+            prefix = f"{name}/"
+            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+            module.load_state_dict(own)
 
     def compute_loss(
         self,
@@ -165,6 +242,7 @@ class SqueezeTrainer(Trainer):
         weights with no more than a warning."""
         if not self._load_renamed(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_projectors(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
         if not self._load_renamed(str(self.state.best_model_checkpoint), self.model):
@@ -231,6 +309,19 @@ class SqueezeTrainer(Trainer):
         random.setstate(python)
         np.random.set_state(numpy_state)
         return batches
+
+
+class _ForgetGradients(TrainerCallback):
+    """Clears the projectors' gradients after each optimiser step: Trainer clears those of the model alone."""
+
+    def __init__(self, projectors: Callable[[], Mapping[str, nn.Module]]) -> None:
+        self.projectors = projectors
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        for module in self.projectors().values():
+            module.zero_grad()
+
+    on_optimizer_step = on_train_begin
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

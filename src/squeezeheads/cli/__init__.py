@@ -13,13 +13,18 @@ COMMANDS = {
     "demo": "the whole job on the digits that scikit-learn ships, in a few minutes",
 }
 
-USAGE = "usage: squeezeheads COMMAND [...]\n\ncommands:\n" + "\n".join(
-    f"  {name:<10} {what}" for name, what in COMMANDS.items()
+USAGE = (
+    "usage: squeezeheads COMMAND [...]\n\ncommands:\n"
+    + "\n".join(f"  {name:<10} {what}" for name, what in COMMANDS.items())
+    + "\n\n`squeezeheads COMMAND --help` says more."
 )
+
+GO_ON = {"distill", "demo"}
+"""Commands that keep checkpoints."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns the exit code: 0, or 2 for a mistake that the user can mend."""
+    """Run a command. Returns the exit code: 0, 2 for a mistake that the user can mend, 130 when stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     if not arguments or arguments[0] in ("-h", "--help"):
         print(USAGE)
@@ -42,6 +47,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RecipeError as error:
         print(f"squeezeheads {command}: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        advice = "; start the same command again to go on from the last checkpoint" if command in GO_ON else ""
+        print(f"squeezeheads {command}: stopped{advice}", file=sys.stderr)
+        return 130  # 128 + SIGINT, as shells report it
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "squeezeheads":
             raise

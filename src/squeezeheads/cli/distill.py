@@ -3,18 +3,40 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from squeezeheads.cli import hide_foreign_bars
-from squeezeheads.recipe import load_recipe, recipe_parser
+from squeezeheads.cli.arguments import asks_for_help, only_recipe, split_arguments
+from squeezeheads.recipe import Recipe, load_recipe
+
+HELP = """usage: squeezeheads distill RECIPE [--key VALUE ...]
+
+Carry out a recipe: train its students, compare them, save the best. Started again, it goes on where it stopped.
+
+  RECIPE       a YAML file
+  --key VALUE  any key of the recipe, before or after RECIPE, in place of what the file says
+
+Values are written as in YAML, in quotes where they hold spaces: --seeds '[0, 1]', --teacher.path null. Keys of a
+mapping can be given one by one: --student.config.hidden_size 48.
+
+The keys of a recipe:
+"""
 
 
 def main(arguments: Sequence[str]) -> int:
     """Carry out a recipe."""
-    if not arguments or "--help" in arguments or "-h" in arguments:
-        parser = recipe_parser("squeezeheads distill", "Carry out a recipe. Every key of it can be given here too.")
-        parser.print_help()
-        return 0 if arguments else 2
-    recipe = load_recipe(arguments[0], arguments[1:])
+    if asks_for_help(arguments):
+        from squeezeheads.recipe_help import list_keys
+
+        print(f"{HELP}\n{list_keys(Recipe)}")
+        return 0
+    words, overrides = split_arguments(arguments)
+    return carry_out(only_recipe(words, "distill"), overrides)
+
+
+def carry_out(path: str | Path, overrides: Sequence[str]) -> int:
+    """Carry out the recipe in a file, with keys from the command line."""
+    recipe = load_recipe(path, overrides)
     from squeezeheads.run import distill
 
     hide_foreign_bars()

@@ -192,15 +192,15 @@ class _Sweep:
             valid = mass.squeeze(-1) > 0
             squeezed /= mass.where(mass > 0, 1.0)
 
-        # One exponential serves the log-normaliser and the map.
+        # One softmax serves the map and the log-normaliser: the largest entry of a row is exp(0) / normaliser. (torch's
+        # exp is many times slower than its softmax where entries underflow, as forbidden ones do.)
         top = scores.amax(-1, keepdim=True)
-        student_map = (scores - top).exp_()
-        normaliser = student_map.sum(-1, keepdim=True)
-        student_map /= normaliser
+        student_map = scores.softmax(-1)
+        log_normaliser = top - student_map.amax(-1, keepdim=True).log_()
         # Term by term Σ P (log P − log Q): the difference of two sums would cancel.
         log_ratio = squeezed.clamp_min(torch.finfo(self.dtype).tiny).log_()
         log_ratio -= scores
-        log_ratio += top + normaliser.log()
+        log_ratio += log_normaliser
         divergence = (log_ratio * squeezed).sum(-1)  # (b, s, r)
 
         weights = self._weights(divergence, valid, samples, rows)

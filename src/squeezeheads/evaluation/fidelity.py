@@ -2,38 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from squeezeheads.distillation import Distillation
+from squeezeheads.distillation import Distillation, padding_rows
 from squeezeheads.objectives import SqueezedHeads
 
 
 @torch.no_grad()
 def attention_fidelity(
-    student: nn.Module, teacher: nn.Module, objective: SqueezedHeads, batches: Iterable[Mapping[str, Any]]
+    student: nn.Module,
+    teacher: nn.Module | Mapping[str, nn.Module],
+    objectives: Mapping[str, SqueezedHeads],
+    batches: Iterable[Mapping[str, Any]],
+    rows: Callable[[Mapping[str, Any]], Tensor | None] = padding_rows,
 ) -> float:
-    """Mean divergence of the planned layers, by the objective's own plan, weights mode and temperature.
+    """Mean divergence of the planned layers, by the objectives' own plans, weights modes and temperatures.
 
     Args:
         student: run in eval mode.
-        teacher: run in eval mode.
-        objective: prepared (it has a plan).
+        teacher: run in eval mode; or several by name.
+        objectives: prepared (they have plans); the mean over them is taken.
         batches: on the models' device.
+        rows: inputs → (B, Q) query rows that count, see ``Distillation``.
 
     Returns:
         Nats per row and head over all batches; 0 is a perfect copy.
     """
-    distillation = Distillation(teacher, {"attention": objective})
-    total, rows = 0.0, 0.0
+    distillation = Distillation(teacher, objectives, rows=rows)
+    total, count = 0.0, 0.0
     training = student.training
     student.eval()
     for batch in batches:
         out = distillation(student, batch)
-        count = out.counts["attention"].item()
-        total, rows = total + out.terms["attention"].item() * count, rows + count
+        for name, value in out.terms.items():
+            here = out.counts[name].item()
+            total, count = total + value.item() * here, count + here
     student.train(training)
-    return total / max(rows, 1.0)
+    return total / max(count, 1.0)

@@ -7,23 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from squeezeheads.attention import AttentionRecord
-from squeezeheads.recording import AttentionRecording
 
 
 @dataclass
 class Evidence:
-    """What one batch brought to light: the student's forward pass and, where an objective asks for it, the
-    teacher's."""
+    """What one batch brought to light for one objective: the student's forward pass and, where it asks for it, that of
+    the teacher that it learns from."""
 
     inputs: Mapping[str, Any]
     """The batch as both models saw it."""
     student: Any
     """The student's outputs: a mapping with ``logits`` (and ``loss``), or the logits themselves."""
     teacher: Any = None
-    """The teacher's outputs, or ``None`` where no objective needs them."""
+    """The teacher's outputs (a list of outputs for the mean of several teachers), or ``None`` where none is needed."""
     learned: Mapping[int, AttentionRecord] = field(default_factory=dict)
     """The student's recorded attention by position in order of execution: the positions that objectives asked for."""
     taught: Mapping[int, AttentionRecord] = field(default_factory=dict)
@@ -41,10 +40,12 @@ class Objective:
     weight: float = 1.0
     """Factor of this term in the total loss."""
     decay: Literal["none", "linear", "cosine"] = "none"
-    """How the weight goes from its full value at the first step to 0 at the last; "none" keeps it."""
+    """How the weight goes from its full value at the first step down to 0 after the last; "none" keeps it."""
+    teacher: str | None = None
+    """Which teacher it learns from, by name. Left out: the only one; with several, logits are averaged over all."""
 
     needs: ClassVar[frozenset[str]] = frozenset()
-    """Any of "teacher_logits", "attention"."""
+    """Any of "teacher_logits", "attention", "hidden_states"."""
     items: ClassVar[Literal["rows", "targets"]] = "targets"
     """What the mean is taken over: query rows or predictions. Parts of a batch are weighed by their count."""
     unit: ClassVar[str] = ""
@@ -55,16 +56,29 @@ class Objective:
             raise ValueError(f"weight={self.weight!r}: expected a finite number of at least 0.")
         if self.decay not in ("none", "linear", "cosine"):
             raise ValueError(f"decay={self.decay!r} is unknown: expected none, linear, cosine.")
+        if self.teacher is not None and not self.needs:
+            raise ValueError(f"teacher={self.teacher!r}: {type(self).__name__} learns from no teacher; leave it out.")
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """The mean over this batch's items, in ``unit``: a scalar with gradient."""
         raise NotImplementedError
 
-    def prepare(
-        self, learned: AttentionRecording, taught: Sequence[AttentionRecording], rows: Sequence[Tensor | None]
-    ) -> None:
-        """Called once before training with recordings of calibration batches (all layers), where ``needs`` has
-        "attention". Checks that the models fit and decides what is recorded from then on."""
+    def prepare(self, batches: Sequence[Evidence]) -> None:
+        """Called once before training where ``needs`` names more than logits: checks that the models fit, and decides
+        what is recorded from then on.
+
+        Args:
+            batches: calibration batches. The first has the student's outputs and all of its attention layers; each has
+                all of the teacher's. Nothing of it may be kept.
+        """
+
+    def check(self, first: Evidence) -> None:
+        """Called where another objective's plan is taken up in place of ``prepare``: raises what would fail in the
+        first step.
+
+        Args:
+            first: the first calibration batch, as in ``prepare``.
+        """
 
     @property
     def prepared(self) -> bool:
@@ -89,6 +103,16 @@ class Objective:
         """Take up what an earlier ``prepare`` decided."""
 
     @property
+    def projector(self) -> nn.Module | None:
+        """What this objective trains beside the student, made by ``prepare`` or ``plan_from_json``: it maps a list of
+        tensors to a list. The trainer moves, optimises, synchronises and stores it; it is no part of the student."""
+        return None
+
+    @projector.setter
+    def projector(self, module: nn.Module) -> None:
+        raise AttributeError(f"{type(self).__name__} has no projector.")
+
+    @property
     def student_positions(self) -> frozenset[int]:
         """Which of the student's attention calls are recorded, in order of execution from 0. Known after
         ``prepare``."""
@@ -96,7 +120,7 @@ class Objective:
 
     @property
     def teacher_positions(self) -> frozenset[int]:
-        """Which of the teacher's attention calls are recorded, likewise."""
+        """Which of its teacher's attention calls are recorded, likewise."""
         return frozenset()
 
     @property
@@ -128,3 +152,18 @@ def logits_of(outputs: Any, whose: str) -> Tensor:
             f"the {whose} returned {type(outputs).__name__} without logits: expected an output with logits."
         )
     return logits
+
+
+def hidden_states_of(outputs: Any, whose: str) -> tuple[Tensor, ...]:
+    """The hidden states in a model's outputs: (B, N, E) after the embeddings and after each layer.
+
+    Raises:
+        TypeError: there are none.
+    """
+    states = outputs.get("hidden_states") if isinstance(outputs, Mapping) else getattr(outputs, "hidden_states", None)
+    if not states or any(state.dim() != 3 for state in states):
+        raise TypeError(
+            f"the {whose} returned {type(outputs).__name__} without hidden states of shape (B, N, E): expected a model "
+            "that takes output_hidden_states=True and returns them after the embeddings and each layer."
+        )
+    return tuple(states)

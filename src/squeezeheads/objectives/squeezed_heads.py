@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord
 from squeezeheads.divergence import attention_divergence, check_comparable
-from squeezeheads.objectives.base import Evidence, Objective
+from squeezeheads.objectives.base import Evidence
+from squeezeheads.objectives.squeeze_plan import SqueezedObjective
 from squeezeheads.pairing import pair_layers
-from squeezeheads.recording import AttentionRecording
-from squeezeheads.squeezing import HeadGroups, calibrate_groups, group_heads, mixing_matrix
+from squeezeheads.squeezing import HeadGroups, group_heads, mixing_matrix
 
 
 def squeezed_attention_loss(
@@ -53,7 +52,7 @@ def squeezed_attention_loss(
     pairs = pair_layers(len(learned), len(taught), layers)
     if not isinstance(schedule, str) and len(schedule) != len(pairs):
         raise ValueError(f"schedule holds {len(schedule)} groupings for {len(pairs)} layer pairs: expected one each.")
-    _check_learnable(learned)
+    check_learnable(learned)
     losses = []
     for index, (s, t) in enumerate(pairs):
         student, teacher = learned[s], taught[t]
@@ -71,95 +70,18 @@ def squeezed_attention_loss(
     return torch.stack(losses).mean()
 
 
-@dataclass(frozen=True)
-class LayerPlan:
-    """What one student layer learns from."""
-
-    student_layer: str
-    """Module path of the student's attention."""
-    teacher_layer: str
-    """Module path of the teacher's attention."""
-    student_position: int
-    """Position of the student's call in order of execution."""
-    teacher_position: int
-    """Position of the teacher's call in order of execution."""
-    groups: HeadGroups
-    """Teacher heads (from 0) of each student head."""
-
-
 @dataclass
-class SqueezedHeads(Objective):
+class SqueezedHeads(SqueezedObjective):
     """Squeezing-Heads Distillation: KL between squeezed teacher attention and student attention, in nats per valid row
     and head, mean over paired layers. Exact; no map is held."""
 
-    schedule: Literal["similar", "progressive", "balanced"] = "similar"
-    """Which teacher heads share a student head. "similar": those that lose least together, found once on calibration
-    batches; "progressive": rounds of adjacent pairs (the paper's); "balanced": runs of neighbours of equal size."""
-    weights: Literal["least_squares", "joint", "values", "mean", "select"] = "least_squares"
-    """How the heads of a group are weighed: closed-form α in rounds; best convex weights; from values alone; equal;
-    the best single head."""
-    layers: str | list[list[int]] = "uniform"
-    """Which layers go together: "uniform", "last", or pairs [student, teacher] counted from 0."""
     temperature: float = 1.0
     """Divides the attention scores of both models before their softmax."""
-    calibration_batches: int = 4
-    """Batches on which "similar" groups are found."""
-    plan: tuple[LayerPlan, ...] = field(default=(), init=False, repr=False)
-
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
-    items: ClassVar[Literal["rows", "targets"]] = "rows"
-    unit: ClassVar[str] = "nats per row and head"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r}: expected a positive number.")
-        if self.calibration_batches < 1:
-            raise ValueError(f"calibration_batches={self.calibration_batches!r}: expected at least 1.")
-
-    def prepare(
-        self, learned: AttentionRecording, taught: Sequence[AttentionRecording], rows: Sequence[Tensor | None]
-    ) -> None:
-        """Pair layers and heads.
-
-        Args:
-            learned: all of the student's layers on the first calibration batch.
-            taught: all of the teacher's layers, a recording a batch.
-            rows: (B, Q) rows that count, an entry a batch.
-        """
-        pairs = pair_layers(len(learned), len(taught[0]), self.layers)
-        plan = []
-        for s, t in pairs:
-            student, teacher = learned[s], taught[0][t]
-            check_comparable(student, teacher)
-            if self.schedule == "similar":
-                batches = [[recording[t]] for recording in taught]
-                (groups,) = calibrate_groups(batches, student.num_heads, weights=self.weights, rows=rows)
-            else:
-                groups = group_heads(teacher.num_heads, student.num_heads, self.schedule)
-            # Fails now rather than in the first step where values or projections are not known.
-            mixing_matrix(teacher, groups, weights=self.weights, rows=rows[0])
-            plan.append(LayerPlan(student.name, teacher.name, s, t, groups))
-        self.plan = tuple(plan)
-
-    @property
-    def prepared(self) -> bool:
-        return bool(self.plan)
-
-    @property
-    def plan_options(self) -> dict[str, Any]:
-        names = ("schedule", "weights", "layers", "calibration_batches")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def batches_to_prepare(self) -> int:
-        return self.calibration_batches if self.schedule == "similar" else 1
-
-    def plan_to_json(self) -> list[dict[str, Any]]:
-        return [{**vars(layer), "groups": [list(group) for group in layer.groups]} for layer in self.plan]
-
-    def plan_from_json(self, data: list[dict[str, Any]]) -> None:
-        self.plan = tuple(LayerPlan(**{**d, "groups": tuple(map(tuple, d["groups"]))}) for d in data)
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Mean over the batch's rows that count, student heads and paired layers."""
@@ -173,16 +95,8 @@ class SqueezedHeads(Objective):
             temperature=self.temperature,
         )
 
-    @property
-    def student_positions(self) -> frozenset[int]:
-        return frozenset(layer.student_position for layer in self.plan)
 
-    @property
-    def teacher_positions(self) -> frozenset[int]:
-        return frozenset(layer.teacher_position for layer in self.plan)
-
-
-def _check_learnable(learned: Sequence[AttentionRecord]) -> None:
+def check_learnable(learned: Sequence[AttentionRecord]) -> None:
     """A loss that cannot teach is a mistake, not a number."""
     if torch.is_grad_enabled() and not any(r.query.requires_grad or r.key.requires_grad for r in learned):
         raise RuntimeError(

@@ -8,8 +8,6 @@ from typing import Any
 
 from rich.table import Table
 
-HEADER = ("model", "accuracy", "attention KL", "step time", "parameters", "seeds")
-
 
 def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     """``mean ± standard deviation`` (n − 1), the spread only where there is one."""
@@ -17,22 +15,29 @@ def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
 
+def result_header(results: dict[str, Any]) -> tuple[str, ...]:
+    """The columns of ``result_rows``."""
+    step_time = f"step time / {results['step_time_reference']}"
+    return ("model", *results["metrics"], "attention KL", step_time, "parameters", "seeds")
+
+
 def result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """One row for the teacher and one for each set of objectives.
+    """One row for each teacher and one for each set of objectives.
 
     Args:
         results: as ``run.distill`` stores it in ``results.json``.
     """
-    metric = results["metric"]
-    teacher = results["teacher"]
-    rows: list[tuple[str, ...]] = [("teacher", f"{teacher[metric]:.3f}", "", "", f"{teacher['parameters']:,}", "")]
+    metrics = results["metrics"]
+    rows: list[tuple[str, ...]] = []
+    for name, teacher in results["teachers"].items():
+        rows.append((name, *(f"{teacher[m]:.3f}" for m in metrics), "", "", f"{teacher['parameters']:,}", ""))
     for name, runs in results["students"].items():
         fidelity = [run["attention"] for run in runs if run.get("attention") is not None]
         ratios = [run["step_time_ratio"] for run in runs if run.get("step_time_ratio") is not None]
         rows.append(
             (
                 name,
-                mean_and_spread([run[metric] for run in runs]),
+                *(mean_and_spread([run[metric] for run in runs]) for metric in metrics),
                 mean_and_spread(fidelity) if fidelity else "",
                 f"{statistics.fmean(ratios):.2f}×" if ratios else "",
                 f"{runs[0]['parameters']:,}",
@@ -45,8 +50,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 def result_table(results: dict[str, Any]) -> Table:
     """The results for the terminal."""
     table = Table(title=f"{results['split']} split: mean ± standard deviation over seeds")
-    header = (HEADER[0], results["metric"], *HEADER[2:])
-    for index, name in enumerate(header):
+    for index, name in enumerate(result_header(results)):
         table.add_column(name, justify="left" if index == 0 else "right")
     for row in result_rows(results):
         table.add_row(*row)
@@ -55,14 +59,19 @@ def result_table(results: dict[str, Any]) -> Table:
 
 def result_markdown(results: dict[str, Any]) -> str:
     """The results as a Markdown table."""
-    header = (HEADER[0], results["metric"], *HEADER[2:])
+    header = result_header(results)
     lines = ["| " + " | ".join(row) + " |" for row in (header, ("---",) * len(header), *result_rows(results))]
     return "\n".join(lines) + "\n"
 
 
-def plan_table(plan: Sequence[dict[str, Any]]) -> Table:
-    """Which teacher heads teach which student heads, layer by layer (all counted from 0)."""
-    table = Table(title="who teaches whom")
+def plan_table(plan: Sequence[dict[str, Any]], name: str) -> Table:
+    """Which teacher heads teach which student heads, layer by layer (all counted from 0).
+
+    Args:
+        plan: as an objective on squeezed heads stores it.
+        name: the objective's.
+    """
+    table = Table(title=f"{name}: who teaches whom")
     table.add_column("student layer")
     table.add_column("teacher layer")
     table.add_column("student head ← teacher heads")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import combinations
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord
 from squeezeheads.squeezing.residuals import HeadGroups, forget_isometries
-from squeezeheads.squeezing.weights import WEIGHTS, squeezing_residual
+from squeezeheads.squeezing.weights import check_weights, squeezing_residual
 
 SCHEDULES = ("progressive", "balanced")
 
@@ -78,18 +79,15 @@ def calibrate_groups(
     Raises:
         ValueError: recordings of different layers, counts that do not fit, values or projections not known.
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r} is unknown: expected one of {', '.join(WEIGHTS)}.")
+    check_weights(weights)
     if not teacher_recordings:
         raise ValueError("calibrate_groups needs at least one recording of the teacher.")
-    lengths = {len(recording) for recording in teacher_recordings}
-    if len(lengths) != 1:
-        raise ValueError(f"the recordings hold different numbers of layers: {sorted(lengths)}.")
+    _check_same_layers(teacher_recordings)
     if rows is None:
         rows = [None] * len(teacher_recordings)
     elif len(rows) != len(teacher_recordings):
         raise ValueError(f"rows has {len(rows)} entries for {len(teacher_recordings)} recordings: expected one each.")
-    layers = lengths.pop()
+    layers = len(teacher_recordings[0])
     heads = [student_heads] * layers if isinstance(student_heads, int) else list(student_heads)
     if len(heads) != layers:
         raise ValueError(f"student_heads has {len(heads)} entries for {layers} recorded layers.")
@@ -97,6 +95,25 @@ def calibrate_groups(
         _similar([recording[layer] for recording in teacher_recordings], heads[layer], weights, rows)
         for layer in range(layers)
     )
+
+
+def _check_same_layers(recordings: Sequence[Sequence[AttentionRecord]]) -> None:
+    """Whether all recordings have the same heads a layer; names the first that differs from most."""
+    heads = [tuple(record.num_heads for record in recording) for recording in recordings]
+    usual, _ = Counter(heads).most_common(1)[0]
+    for index, found in enumerate(heads):
+        if len(found) != len(usual):
+            odd, expected = f"holds {len(found)} layers", str(len(usual))
+        elif found != usual:
+            layer = next(i for i, (a, b) in enumerate(zip(found, usual, strict=True)) if a != b)
+            odd = f"has {found[layer]} heads in layer {layer} ({recordings[index][layer].name!r})"
+            expected = str(usual[layer])
+        else:
+            continue
+        raise ValueError(
+            f"teacher_recordings[{index}] {odd}, where teacher_recordings[{heads.index(usual)}] has {expected}: "
+            "record the same layers of one teacher in every batch."
+        )
 
 
 def _similar(

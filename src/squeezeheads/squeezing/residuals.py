@@ -47,18 +47,24 @@ def check_groups(groups: Sequence[Sequence[int]], num_heads: int, name: str) -> 
     return checked
 
 
-def require_values(record: AttentionRecord, purpose: str) -> tuple[Tensor, Tensor]:
+def require_values(
+    record: AttentionRecord, purpose: str, instead: str = "weights='mean' works without"
+) -> tuple[Tensor, Tensor]:
     """``(value, output_weight)`` of a record.
 
+    Args:
+        purpose: what needs them, for the message.
+        instead: what works without, for the message.
+
     Raises:
-        ValueError: one of them is not known; says which weights modes work without.
+        ValueError: one of them is not known; says what works without.
     """
     value, weight = record.value, record.output_weight
     if value is None or weight is None:
         missing = "values" if value is None else "output projection"
         raise ValueError(
             f"{purpose} needs the value-output circuits of {record.name!r}, but its {missing} is not known. "
-            "weights='mean' works without; or name the projection: "
+            f"{instead}; or name the projection: "
             f"record_attention(model, output_projections={{{record.name!r}: '<path of the output projection>'}})."
         )
     expected = (record.num_heads, value.shape[-1])

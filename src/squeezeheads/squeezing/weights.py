@@ -44,8 +44,7 @@ def mixing_matrix(
 
     Source: SHD, arXiv 2502.07436 (form of the merge); METHOD §3 (solutions, carry over rounds, joint answer).
     """
-    if weights not in WEIGHTS:
-        raise ValueError(f"weights={weights!r} is unknown: expected one of {', '.join(WEIGHTS)}.")
+    check_weights(weights)
     groups = check_groups(groups, teacher_record.num_heads, teacher_record.name)
     batch, device = teacher_record.query.shape[0], teacher_record.query.device
     dtype = torch.float64 if teacher_record.query.dtype == torch.float64 else torch.float32
@@ -72,14 +71,37 @@ def squeezing_residual(
 
     Returns:
         (B, S) float64.
+
+    Raises:
+        ValueError: unknown weights, a matrix of another shape, groups that do not fit, values or output projection not
+            known.
     """
     groups = check_groups(groups, teacher_record.num_heads, teacher_record.name)
+    expected = (teacher_record.query.shape[0], len(groups), teacher_record.num_heads)
+    if isinstance(mix, str):
+        check_weights(mix, "mix", " or a mixing matrix (B, S, T)")
+    elif not isinstance(mix, Tensor) or tuple(mix.shape) != expected:
+        found = f"has shape {tuple(mix.shape)}" if isinstance(mix, Tensor) else f"is {mix!r}"
+        raise ValueError(
+            f"mix {found}, expected (B, S, T) = {expected} for {len(groups)} groups of teacher "
+            f"{teacher_record.name!r}: mixing_matrix(teacher_record, groups) makes it."
+        )
     grams = difference_grams(teacher_record, groups, rows)
     if isinstance(mix, str):
         solved = _solve(teacher_record, groups, mix, rows, grams)
     else:
         solved = [mix[:, index, list(group)].double() for index, group in enumerate(groups)]
     return torch.stack([residual(gram, w) for gram, w in zip(grams, solved, strict=True)], dim=1)
+
+
+def check_weights(weights: str, name: str = "weights", alternative: str = "") -> None:
+    """Whether a weights mode is known.
+
+    Raises:
+        ValueError: it is not; names the argument, its value and the modes.
+    """
+    if weights not in WEIGHTS:
+        raise ValueError(f"{name}={weights!r} is unknown: expected one of {', '.join(WEIGHTS)}{alternative}.")
 
 
 def _solve(

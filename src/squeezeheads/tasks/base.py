@@ -1,13 +1,20 @@
-"""What a task brings to a run: data, models, a metric."""
+"""What a task brings to a run: data, models, metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from squeezeheads.distillation import labelled_targets, padding_rows
+
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -20,17 +27,40 @@ class Splits:
 
 
 @dataclass
+class Pretrained:
+    """The pretrained models that a recipe names: folder or hub name, ``None`` for a new model."""
+
+    teachers: Mapping[str, str | None]
+    """By the teacher's name."""
+    student: str | None = None
+
+
+@dataclass
 class Task:
-    """One kind of model and data. Subclasses define every method; their fields are the task's part of a recipe.
+    """One kind of model and data. Subclasses define what is left open here; their fields are the task's part of a
+    recipe.
 
     A plain dataclass, as objectives are: recipes can then name its fields and nothing else (no ``class_path``).
     """
 
     metric: ClassVar[str]
-    """Name of the main metric, as ``compute_metrics`` returns it. Larger is better."""
+    """The main metric of ``measure``: what the run's table shows first."""
+    shown: ClassVar[tuple[str, ...]] = ()
+    """Further metrics of ``measure`` that the table shows."""
+    selection: ClassVar[str]
+    """The metric of ``score`` by which the best student is kept, on the validation split."""
+    selection_is_loss: ClassVar[bool] = False
+    """Whether less of ``selection`` is better."""
 
-    def load_data(self) -> Splits:
-        """The data, ready to be collated into a batch of a model's inputs."""
+    def load_data(self, pretrained: Pretrained) -> Splits:
+        """The data, ready to be collated into a batch of a model's inputs. Called once, before everything below.
+
+        Args:
+            pretrained: whose tokenizer or image processor the data may need.
+
+        Raises:
+            RecipeError: data that is not there or not as expected; models that do not share tokens.
+        """
         raise NotImplementedError
 
     @property
@@ -39,7 +69,7 @@ class Task:
         raise NotImplementedError
 
     def data_config(self) -> dict[str, Any]:
-        """What the data fixes in the configuration of a new model (number of classes, image size …)."""
+        """What the data fixes in the configuration of a new model (classes, image size, vocabulary …)."""
         raise NotImplementedError
 
     def check_model(self, config: PreTrainedConfig, whose: str) -> None:
@@ -50,16 +80,45 @@ class Task:
         """
         raise NotImplementedError
 
-    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        """Metrics of a model's predictions on a split."""
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Samples as a batch of a model's inputs."""
+        from transformers import default_data_collator
+
+        return default_data_collator(list(samples))
+
+    def rows(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """(B, Q) query rows that count for attention, ``None`` for all."""
+        return padding_rows(inputs)
+
+    def targets(self, inputs: Mapping[str, Any]) -> Tensor | None:
+        """Predictions that count, of the shape of the logits less their last dimension; ``None`` for all."""
+        return labelled_targets(inputs)
+
+    def score(self, model: PreTrainedModel, samples: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+        """Metrics that cost no more than a forward pass, in eval mode on the model's device; among them
+        ``selection``."""
         raise NotImplementedError
+
+    def measure(self, model: PreTrainedModel, samples: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+        """All metrics, for the report. Numbers, or lists of numbers where single values are kept."""
+        return self.score(model, samples, batch_size)
+
+    def batches(
+        self, samples: Sequence[Mapping[str, Any]], size: int, device: torch.device
+    ) -> Iterator[dict[str, Tensor]]:
+        """Collated batches in the samples' order, on a device."""
+        for batch in DataLoader(samples, batch_size=size, collate_fn=self.collate):  # type: ignore[arg-type]
+            yield {key: value.to(device) for key, value in batch.items()}
 
     def build(self, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
         """A new model with random weights."""
         return self.auto_class.from_config(config, attn_implementation=attn_implementation)
 
-    def load(self, path: str, attn_implementation: str) -> PreTrainedModel:
+    def load(self, path: str, attn_implementation: str = "sdpa", dtype: str = "float32") -> PreTrainedModel:
         """A pretrained model from a folder or the hub: safetensors alone, and remote code is never run."""
         return self.auto_class.from_pretrained(
-            path, attn_implementation=attn_implementation, trust_remote_code=False, use_safetensors=True
+            path, attn_implementation=attn_implementation, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
+
+    def save_companions(self, folder: Path) -> None:
+        """Save what a model's folder needs beside the model: its tokenizer, its image processor."""

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import numpy as np
 import torch
 
 from squeezeheads.errors import RecipeError
-from squeezeheads.tasks.base import Splits, Task
+from squeezeheads.tasks.base import Pretrained, Splits, Task
 
 if TYPE_CHECKING:
-    from transformers import EvalPrediction, PreTrainedConfig
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass
@@ -29,6 +29,7 @@ class ImageClassification(Task):
     """Seed of the split; classes are spread evenly."""
 
     metric: ClassVar[str] = "accuracy"
+    selection: ClassVar[str] = "accuracy"
 
     def __post_init__(self) -> None:
         for name in ("validation_size", "test_size"):
@@ -57,7 +58,7 @@ class ImageClassification(Task):
             "label2id": {label: index for index, label in enumerate(labels)},
         }
 
-    def load_data(self) -> Splits:
+    def load_data(self, pretrained: Pretrained) -> Splits:
         """Pixel values (1, 8, 8), scaled from 0 … 16 to −1 … 1."""
         from sklearn.datasets import load_digits
         from sklearn.model_selection import train_test_split
@@ -80,5 +81,12 @@ class ImageClassification(Task):
                 "of a new model's config, or choose a model that was trained for these classes."
             )
 
-    def compute_metrics(self, prediction: EvalPrediction) -> dict[str, float]:
-        return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}
+    @torch.no_grad()
+    def score(self, model: PreTrainedModel, samples: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+        """Top-1 accuracy."""
+        model.eval()
+        right = 0
+        for batch in self.batches(samples, batch_size, model.device):
+            labels = batch.pop("labels")
+            right += int((model(**batch).logits.argmax(-1) == labels).sum())
+        return {"accuracy": right / max(len(samples), 1)}

@@ -46,7 +46,10 @@ def new_config(
             raise RecipeError(
                 f"{key}.model_type={model_type!r} is unknown to transformers.{similar(model_type, CONFIG_MAPPING)}"
             )
-        config = AutoConfig.for_model(model_type, **task.data_config())
+        known = CONFIG_MAPPING[model_type]()
+        # transformers keeps unknown keys too: a model without position embeddings has no use for a number of positions.
+        data = {k: v for k, v in task.data_config().items() if known.attribute_map.get(k, k) in known.to_dict()}
+        config = AutoConfig.for_model(model_type, **data)
     elif base is not None:
         config = copy.deepcopy(base)
     else:

@@ -1,0 +1,100 @@
+"""What the tasks of causal language models have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from squeezeheads.distillation import next_token_targets
+from squeezeheads.errors import RecipeError
+from squeezeheads.tasks.base import Pretrained
+from squeezeheads.tasks.tokenization import model_vocabulary
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def token_config(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a tokenizer fixes in the configuration of a new model: vocabulary and special tokens.
+
+    A padding token that also ends or begins texts is left out: several models (LLaMA among them) hold the padding
+    token's embedding at zero, and texts that begin behind it would begin behind nothing. Nor are predictions of padding
+    taught, whatever the number: masks and labels say what counts.
+    """
+    pad = tokenizer.pad_token_id
+    return {
+        "vocab_size": model_vocabulary(tokenizer),
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": None if pad in (tokenizer.bos_token_id, tokenizer.eos_token_id) else pad,
+    }
+
+
+def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, pretrained: Pretrained) -> int:
+    """How many tokens a new model tells apart, so that its logits compare with those of pretrained ones: the
+    tokenizer's, or more where a pretrained model's vocabulary is padded to a round number.
+
+    Raises:
+        RecipeError: a pretrained model whose configuration cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    sizes = [model_vocabulary(tokenizer)]
+    for path in (*pretrained.teachers.values(), pretrained.student):
+        if path is not None:
+            try:
+                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+            except (OSError, ValueError, ImportError) as error:
+                raise RecipeError(f"{path} cannot be loaded: {error}") from error
+            sizes.append(getattr(config.get_text_config(), "vocab_size", 0))
+    return max(sizes)
+
+
+def check_token_model(config: PreTrainedConfig, whose: str, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
+    """Whether a model has embeddings for the tokenizer's tokens, and for ``length`` positions.
+
+    Raises:
+        RecipeError: it does not; names both.
+    """
+    vocabulary = config.get_text_config().vocab_size
+    if vocabulary < model_vocabulary(tokenizer):
+        raise RecipeError(
+            f"{whose} tells {vocabulary} tokens apart, the tokenizer has {model_vocabulary(tokenizer)}: leave "
+            "vocab_size out of a new model's config, or choose the tokenizer that the model was trained with."
+        )
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and positions < length:
+        raise RecipeError(
+            f"{whose} takes {positions} tokens at most, the task has sequences of up to {length}: shorten them, or "
+            "raise max_position_embeddings in a new model's config."
+        )
+
+
+def padded(samples: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:
+    """``input_ids``, ``attention_mask`` and ``labels``, each (B, N), padded on the right to the longest sample; padding
+    has label -100."""
+    ids, labels = ([torch.tensor(sample[key]) for sample in samples] for key in ("input_ids", "labels"))
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True, padding_value=pad_token_id),
+        "attention_mask": pad_sequence([torch.ones_like(row) for row in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=-100),
+    }
+
+
+@torch.no_grad()
+def mean_token_loss(model: PreTrainedModel, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """Cross-entropy in nats per labelled token over all batches; 0 where there is none. Runs the model as it is: set
+    eval mode before."""
+    total, count = 0.0, 0
+    for batch in batches:
+        targets = next_token_targets(batch)
+        assert targets is not None  # the batches have labels
+        logits = model(**{key: value for key, value in batch.items() if key != "labels"}).logits
+        labels = batch["labels"].roll(-1, dims=1)[targets]
+        total += torch.nn.functional.cross_entropy(logits[targets].float(), labels, reduction="sum").item()
+        count += labels.numel()
+    return total / max(count, 1)
