@@ -21,8 +21,8 @@ class OrthogonalProjection(ProjectedFeatures):
 
     The normalisation is chosen for the task: "standardise" where the student is to tell things apart, "whiten" where
     it is to generate. It is never taken over the rows of a batch, since then the loss would depend on how a batch is
-    split. "standardise" is over the features of each row, which is what the authors do. "whiten" (Σ^-½ (x − mean)) is
-    over the batch in the source, and by fixed statistics of calibration batches here.
+    split. "standardise" is over the features of each row, as in the authors' code. "whiten" (Σ^-½ (x − mean)) goes by
+    fixed statistics of calibration batches; the authors point to whitening over a batch.
 
     The projector is held orthonormal by a Cayley map, exactly, whatever the optimiser does. It costs a linear solve of
     the larger width a layer pair and step. It is trained with the student and left behind: no part of the saved

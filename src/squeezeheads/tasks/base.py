@@ -107,7 +107,10 @@ class Task:
         self, samples: Sequence[Mapping[str, Any]], size: int, device: torch.device
     ) -> Iterator[dict[str, Tensor]]:
         """Collated batches in the samples' order, on a device."""
-        for batch in DataLoader(samples, batch_size=size, collate_fn=self.collate):  # type: ignore[arg-type]
+        # A generator of its own: a loader draws a seed even where nothing is shuffled, and measuring must not move the
+        # random numbers that training goes on with.
+        loader = DataLoader(samples, batch_size=size, collate_fn=self.collate, generator=torch.Generator())  # type: ignore[arg-type]
+        for batch in loader:
             yield {key: value.to(device) for key, value in batch.items()}
 
     def build(self, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
