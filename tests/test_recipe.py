@@ -10,11 +10,13 @@ import pytest
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
 
 from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import OBJECTIVES
 from squeezeheads.recipe import Objectives, TaskChoice, dump_recipe, load_recipe, shipped_recipe
 from squeezeheads.tasks import TASKS
+from squeezeheads.tasks.modeling import new_config
 
 RECIPES = sorted((Path(__file__).parent.parent / "recipes").rglob("*.yaml"))
 DIGITS = shipped_recipe("digits").read_text()
@@ -152,3 +154,27 @@ def test_any_change_gives_a_recipe_or_a_recipe_error(tmp_path_factory, data):
         assert load_recipe(path).arms
     except RecipeError as error:
         assert str(error)
+
+
+def llama_config(changes, base=None):
+    class Tokens:
+        def data_config(self):
+            return {"vocab_size": 40, "max_position_embeddings": 32}
+
+        def build(self, config, attn_implementation):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation)
+
+    return new_config(Tokens(), changes, "student.config", base=base)
+
+
+def test_head_width_follows_width_and_heads():
+    """LLaMA's configuration derives head_dim when it is made: changes must not leave the default's behind."""
+    teacher = llama_config(
+        {"model_type": "llama", "hidden_size": 96, "num_attention_heads": 6, "intermediate_size": 64}
+    )
+    assert (teacher.head_dim, teacher.num_key_value_heads, teacher.vocab_size) == (16, 6, 40)
+    changes = {"hidden_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+    assert llama_config(changes, teacher).head_dim == 32
+    assert llama_config({**changes, "head_dim": 8}, teacher).head_dim == 8
+    teacher.head_dim = 24  # a choice of the teacher's, not its width over its heads
+    assert llama_config(changes, teacher).head_dim == 24

@@ -109,8 +109,8 @@ class Task:
         """Collated batches in the samples' order, on a device."""
         # A generator of its own: a loader draws a seed even where nothing is shuffled, and measuring must not move the
         # random numbers that training goes on with.
-        loader = DataLoader(samples, batch_size=size, collate_fn=self.collate, generator=torch.Generator())  # type: ignore[arg-type]
-        for batch in loader:
+        options: Any = {"batch_size": size, "collate_fn": self.collate, "generator": torch.Generator()}
+        for batch in DataLoader(samples, **options):  # type: ignore[arg-type]
             yield {key: value.to(device) for key, value in batch.items()}
 
     def build(self, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:

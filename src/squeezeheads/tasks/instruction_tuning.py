@@ -17,10 +17,10 @@ from squeezeheads.distillation import next_token_targets
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.generation import evaluating, exact_match, rouge_l, sample_responses
 from squeezeheads.tasks.base import Pretrained, Splits, Task
-from squeezeheads.tasks.causal import check_token_model, mean_token_loss, padded, token_config
+from squeezeheads.tasks.causal import check_token_model, mean_token_loss, padded, shared_vocabulary, token_config
 from squeezeheads.tasks.instructions import Request, alpaca_text, chat_text, read_requests
 from squeezeheads.tasks.text import hold_out
-from squeezeheads.tasks.tokenization import choose_tokenizer, encode_texts
+from squeezeheads.tasks.tokenization import SMALLEST_VOCABULARY, choose_tokenizer, encode_texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -51,9 +51,10 @@ class InstructionTuning(Task):
     """How a request is written out: "alpaca" under headings, "chat" by the tokenizer's chat template, "auto" by the
     template where the tokenizer has one, else under headings."""
     tokenizer: str | None = None
-    """Folder or hub name of a tokenizer; without it that of the pretrained models, or a new one learned from train."""
+    """Folder or hub name of a tokenizer; without it that of the first pretrained teacher, else of the pretrained
+    student, else a new byte-level BPE learned from train."""
     vocabulary_size: int = 4096
-    """Entries of a new tokenizer."""
+    """Tokens of a new tokenizer at most, <|endoftext|> and the 256 bytes among them."""
     max_length: int = 512
     """Tokens of prompt and response together; responses are cut there."""
     max_prompt_length: int = 256
@@ -85,14 +86,16 @@ class InstructionTuning(Task):
         for name in ("validation_share", "test_share"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected a share between 0 and 1.")
-        if self.validation_share + self.test_share >= 1:
+        if not self.validation and not self.test and self.validation_share + self.test_share >= 1:
             raise ValueError(
                 f"validation_share={self.validation_share} and test_share={self.test_share} leave nothing of train."
             )
-        for name in (
-            "vocabulary_size", "max_prompt_length", "max_new_tokens",
-            "generation_batch_size",
-        ):  # fmt: skip
+        if self.vocabulary_size < SMALLEST_VOCABULARY:
+            raise ValueError(
+                f"vocabulary_size={self.vocabulary_size}: expected at least {SMALLEST_VOCABULARY}, the 256 bytes and "
+                "<|endoftext|>."
+            )
+        for name in ("max_prompt_length", "max_new_tokens", "generation_batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
         if self.generation_samples is not None and self.generation_samples < 1:
@@ -122,6 +125,7 @@ class InstructionTuning(Task):
         self._tokenizer = choose_tokenizer(
             self.tokenizer, pretrained, lambda: self._texts(parts["train"]), self.vocabulary_size
         )
+        self._vocabulary = shared_vocabulary(self._tokenizer, pretrained)
         if self.format == "chat" and not self._tokenizer.chat_template:
             raise RecipeError(
                 f"format=chat, but the tokenizer {self._tokenizer.name_or_path!r} has no chat template: choose "
@@ -136,7 +140,8 @@ class InstructionTuning(Task):
         return AutoModelForCausalLM
 
     def data_config(self) -> dict[str, Any]:
-        return token_config(self._tokenizer)
+        """Vocabulary (a pretrained model's, where it is larger than the tokenizer's) and special tokens."""
+        return {**token_config(self._tokenizer), "vocab_size": self._vocabulary}
 
     def check_model(self, config: PreTrainedConfig, whose: str) -> None:
         longest = max(self.max_length, self.max_prompt_length + self.max_new_tokens)

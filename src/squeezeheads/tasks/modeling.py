@@ -47,13 +47,37 @@ def new_config(
                 f"{key}.model_type={model_type!r} is unknown to transformers.{similar(model_type, CONFIG_MAPPING)}"
             )
         known = CONFIG_MAPPING[model_type]()
+        _check_changes(changes, known, key)
         # transformers keeps unknown keys too: a model without position embeddings has no use for a number of positions.
         data = {k: v for k, v in task.data_config().items() if known.attribute_map.get(k, k) in known.to_dict()}
-        config = AutoConfig.for_model(model_type, **data)
+        own = {known.attribute_map.get(name, name): value for name, value in changes.items()}
+        data = {known.attribute_map.get(name, name): value for name, value in data.items()}
+        try:
+            # All at once: what the configuration derives from other keys (head_dim …) follows the changes.
+            config = AutoConfig.for_model(model_type, **{**data, **own})
+        except (ValueError, TypeError, ZeroDivisionError) as error:
+            raise RecipeError(f"{key}: {type(known).__name__} refuses these options: {error}") from error
     elif base is not None:
         config = copy.deepcopy(base)
+        _check_changes(changes, config, key)
+        derived = _head_width(config) == getattr(config, "head_dim", None)
+        for name, value in changes.items():
+            setattr(config, name, value)
+        if derived and "head_dim" not in changes:
+            # A head width that was the model's width over its heads stays that.
+            config.head_dim = _head_width(config)
     else:
         raise RecipeError(f"{key} names no model_type: expected one, for example {key}.model_type=vit.")
+    _check_head_width(config, key)
+    try:
+        with torch.device("meta"):  # shapes alone: finds what the model refuses, without memory
+            task.build(config, "sdpa")
+    except (ValueError, TypeError, RuntimeError, KeyError) as error:
+        raise RecipeError(f"{key}: transformers cannot build {type(config).__name__} so: {error}") from error
+    return config
+
+
+def _check_changes(changes: Mapping[str, Any], config: PreTrainedConfig, key: str) -> None:
     for name, value in changes.items():
         if not hasattr(config, name):
             raise RecipeError(f"{key}.{name} is no option of {type(config).__name__}.{similar(name, config.to_dict())}")
@@ -63,14 +87,13 @@ def new_config(
             and not (isinstance(value, int | list) and value and _positive(value))
         ):
             raise RecipeError(f"{key}.{name}={value!r}: expected a whole number of at least 1.")
-        setattr(config, name, value)
-    _check_head_width(config, key)
-    try:
-        with torch.device("meta"):  # shapes alone: finds what the model refuses, without memory
-            task.build(config, "sdpa")
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise RecipeError(f"{key}: transformers cannot build {type(config).__name__} so: {error}") from error
-    return config
+
+
+def _head_width(config: PreTrainedConfig) -> int | None:
+    """Model width over heads, where both are known and that is a whole number."""
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    whole = isinstance(width, int) and isinstance(heads, int) and heads > 0 and width % heads == 0
+    return width // heads if whole and width is not None and heads is not None else None
 
 
 def _check_head_width(config: PreTrainedConfig, key: str) -> None:

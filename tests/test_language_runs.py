@@ -1,0 +1,167 @@
+"""Recipes on language models carried out in small: several teachers, a teacher that is trained further, requests."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from squeezeheads.cli import main
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 24,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+}
+GPT2 = {"model_type": "gpt2", "n_embd": 16, "n_layer": 3, "n_head": 4}
+STUDENT = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 1}
+BRIEF = {"max_steps": 2, "batch_size": 4, "log_every": 1}
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    for index in range(12):
+        (folder / f"{index}.txt").write_text(f"document {index}: " + "the quick brown fox jumps over it. " * 12)
+    return folder
+
+
+def carry_out(tmp_path: Path, tree: dict) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump({**tree, "output": str(tmp_path / "run"), "training": BRIEF}, sort_keys=False))
+    assert main(["distill", str(path)]) == 0
+    return tmp_path / "run"
+
+
+def language_task(texts: Path) -> dict:
+    sizes = {"vocabulary_size": 300, "block_size": 16, "validation_share": 0.2, "test_share": 0.2}
+    return {"language_modeling": {"train": [str(texts)], **sizes}}
+
+
+def test_two_teachers(tmp_path, texts, capsys):
+    """Logits from the mean of both, attention from each with its own layers and groups."""
+    output = carry_out(
+        tmp_path,
+        {
+            "task": language_task(texts),
+            "teachers": {
+                "llama": {"config": LLAMA, "training": BRIEF},
+                "gpt": {"config": GPT2, "training": BRIEF},
+            },
+            "student": {"config": STUDENT},
+            "objectives": {
+                "task": {"weight": 0.5},
+                "logits": {"weight": 0.5},
+                "attention": [
+                    {"teacher": "llama", "calibration_batches": 1},
+                    {"teacher": "gpt", "schedule": "progressive", "layers": [[0, 1]]},
+                ],
+                "squeezed_relations": {"teacher": "llama", "calibration_batches": 1},
+            },
+            "baselines": {"hidden": {"task": {}, "hidden_states": {"teacher": "gpt"}}},
+        },
+    )
+    results = json.loads((output / "results.json").read_text())
+    assert results["teachers"].keys() == {"llama", "gpt"}
+    (run,) = results["students"]["distilled"]
+    named = {"task", "logits", "attention-llama", "attention-gpt", "squeezed_relations"}
+    assert named <= run["losses"][0].keys() and run["attention"] > 0
+    plan = json.loads((output / "plan.json").read_text())
+    assert [layer["teacher_position"] for layer in plan["attention-gpt"]] == [1]
+    assert sorted(h for g in plan["attention-llama"][0]["groups"] for h in g) == list(range(6))
+    assert (output / "figures" / "attention-gpt" / "layer-0.png").is_file()
+    shown = capsys.readouterr().out
+    assert "attention-llama: who teaches whom" in shown
+    student = AutoModelForCausalLM.from_pretrained(output / "student")
+    tokenizer = AutoTokenizer.from_pretrained(output / "student")
+    written = student.generate(**tokenizer("the quick", return_tensors="pt"), max_new_tokens=3, do_sample=False)
+    assert written.shape[1] > 3
+    assert "projector" not in " ".join(student.state_dict())
+
+
+def test_attention_of_several_teachers_must_be_named(tmp_path, texts, capsys):
+    tree = {
+        "task": language_task(texts),
+        "teachers": {name: {"config": LLAMA, "training": BRIEF} for name in ("one", "other")},
+        "student": {"config": STUDENT},
+        "objectives": {"attention": {}},
+        "output": str(tmp_path / "run"),
+    }
+    path = tmp_path / "recipe.yaml"
+    for objectives, words in (
+        ({"attention": {}}, "does not say which of the teachers 'one', 'other'"),
+        ({"attention": {"teacher": "third"}}, "learns from teacher='third', but the teachers are 'one', 'other'"),
+        ({"attention": [{"teacher": "one"}, {"teacher": "one"}]}, "several for teacher='one'"),
+        ({"task": {"teacher": "one"}}, "learns from no teacher"),
+    ):
+        path.write_text(yaml.safe_dump({**tree, "objectives": objectives}))
+        assert main(["distill", str(path)]) == 2
+        assert words in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_pretrained_teacher_is_trained_further(tmp_path, texts):
+    """A teacher with path and training is fine-tuned first, and the students learn from what it became."""
+    first = tmp_path / "first"
+    first.mkdir()
+    output = carry_out(
+        first,
+        {
+            "task": language_task(texts),
+            "teacher": {"config": LLAMA, "training": BRIEF},
+            "student": {"config": STUDENT},
+            "objectives": {"logits": {}},
+        },
+    )
+    second = tmp_path / "second"
+    second.mkdir()
+    further = carry_out(
+        second,
+        {
+            "task": language_task(texts),
+            "teacher": {"path": str(output / "teacher"), "training": BRIEF},
+            "student": {"path": str(output / "student")},
+            "objectives": {"logits": {}},
+        },
+    )
+    before, after = (
+        AutoModelForCausalLM.from_pretrained(folder / "teacher").state_dict() for folder in (output, further)
+    )
+    assert before.keys() == after.keys() and any((before[k] != after[k]).any() for k in before)
+    results = json.loads((further / "results.json").read_text())
+    assert results["metrics"] == ["loss", "bits_per_byte"]
+    assert (
+        results["teachers"]["teacher"]["loss"] != json.loads((output / "teacher" / "result.json").read_text())["loss"]
+    )
+
+
+def test_requests(tmp_path):
+    """Instruction tuning through the command line: ROUGE-L per seed, rows of responses alone, evaluate agrees."""
+    data = tmp_path / "requests.jsonl"
+    lines = [{"instruction": f"Say {word}.", "context": "", "response": f"{word} it is"} for word in "abcdefghijklmnop"]
+    data.write_text("\n".join(map(json.dumps, lines)))
+    task = {
+        "train": [str(data)], "validation_share": 0.2, "test_share": 0.2, "vocabulary_size": 300, "max_length": 160,
+        "max_prompt_length": 140, "max_new_tokens": 4, "generation_seeds": [1, 2],
+    }  # fmt: skip
+    output = carry_out(
+        tmp_path,
+        {
+            "task": {"instruction_tuning": task},
+            "teacher": {"config": {**LLAMA, "max_position_embeddings": 160}, "training": BRIEF},
+            "student": {"config": STUDENT},
+            "objectives": {"task": {}, "logits": {}, "attention": {"calibration_batches": 1}},
+        },
+    )
+    (run,) = json.loads((output / "results.json").read_text())["students"]["distilled"]
+    assert len(run["rouge_l_seeds"]) == 2 and run["rouge_l"] == pytest.approx(sum(run["rouge_l_seeds"]) / 2)
+    assert torch.isfinite(torch.tensor(run["loss"])) and run["attention"] > 0
+    assert "rouge_l" not in run["validation"]

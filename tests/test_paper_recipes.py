@@ -1,0 +1,98 @@
+"""The full-size recipes: parsed, and planned with models on the meta device (shapes without weights)."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, GPT2Config, LlamaConfig
+
+from squeezeheads.objectives import SqueezedHeads
+from squeezeheads.pairing import pair_layers
+from squeezeheads.preflight import Models, check_training
+from squeezeheads.recipe import Recipe, load_recipe
+from squeezeheads.recording import record_attention
+from squeezeheads.squeezing import group_heads
+
+FOLDER = Path(__file__).parent.parent / "recipes" / "paper"
+
+
+def gpt2(width: int, layers: int, heads: int) -> GPT2Config:
+    return GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
+
+
+def llama(width: int, inner: int, layers: int, heads: int) -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )  # fmt: skip
+
+
+# What the hub would say: there is none here.
+HUB = {
+    "openai-community/gpt2": gpt2(768, 12, 12),
+    "openai-community/gpt2-medium": gpt2(1024, 24, 16),
+    "openai-community/gpt2-large": gpt2(1280, 36, 20),
+    "openai-community/gpt2-xl": gpt2(1600, 48, 25),
+    "huggyllama/llama-7b": llama(4096, 11008, 32, 32),
+    "models/llama-13b-dolly": llama(5120, 13824, 40, 40),
+}
+
+# Recipe → student layers, student heads, and by attention objective teacher layers and heads; millions of parameters.
+EXPECTED = {
+    "gpt2-xl-to-base": (12, 12, {"attention": (48, 25)}, {"teacher": 1557, "student": 124}),
+    "gpt2-xl-to-medium": (24, 16, {"attention": (48, 25)}, {"teacher": 1557, "student": 354}),
+    "gpt2-xl-to-large": (36, 20, {"attention": (48, 25)}, {"teacher": 1557, "student": 774}),
+    "llama-13b-to-7b": (32, 32, {"attention": (40, 40)}, {"teacher": 13015, "student": 6738}),
+    "babyllama": (
+        16, 8, {"attention-gpt2": (24, 16), "attention-llama": (24, 8)}, {"gpt2": 705, "llama": 359, "student": 58},
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **_: copy.deepcopy(HUB[path]))
+
+
+def models_of(recipe: Recipe) -> Models:
+    task = recipe.chosen_task
+    # In place of reading the data, whose vocabulary is all that shapes depend on.
+    task.data_config = lambda: {"vocab_size": task.vocabulary_size, "max_position_embeddings": task.block_size}
+    return Models(task, recipe)
+
+
+def test_every_recipe_is_expected():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(EXPECTED)
+
+
+@pytest.mark.parametrize("name", EXPECTED)
+def test_recipe_is_parsed_and_planned(name, hub):
+    recipe = load_recipe(FOLDER / f"{name}.yaml")
+    for spec in (recipe.training, *(t.training for t in recipe.named_teachers.values() if t.training)):
+        spec.precision = "fp32"  # there may be no GPU here
+    check_training(recipe)
+    layers, heads, attention, millions = EXPECTED[name]
+    models = models_of(recipe)
+    configs = {**models.teacher_configs, "student": models.student_config}
+    records, parameters = {}, {}
+    for whose, config in configs.items():
+        with torch.device("meta"):
+            model = models.task.build(config, "sdpa")
+            with torch.no_grad(), record_attention(model) as recording:
+                model(input_ids=torch.zeros(2, 16, dtype=torch.long, device="meta"))
+        records[whose], parameters[whose] = list(recording), model.num_parameters() // 10**6
+    assert parameters == millions
+    assert (len(records["student"]), records["student"][0].num_heads) == (layers, heads)
+    own = {key: o for key, o in recipe.arms["distilled"].items() if isinstance(o, SqueezedHeads)}
+    assert own.keys() == attention.keys()
+    for key, objective in own.items():
+        taught = records[objective.teacher or "teacher"]
+        assert (len(taught), taught[0].num_heads) == attention[key]
+        pairs = pair_layers(layers, len(taught), objective.layers)
+        assert [s for s, _ in pairs] == list(range(layers)) and pairs[-1][1] == len(taught) - 1
+        schedule = "progressive" if objective.schedule == "similar" else objective.schedule
+        groups = group_heads(taught[0].num_heads, heads, schedule)
+        assert len(groups) == heads and sorted(h for g in groups for h in g) == list(range(attention[key][1]))
