@@ -2,12 +2,11 @@
 
     python -m benchmarks.language --corpus stdlib            # hours; stop it at any time, it goes on where it was
     python -m benchmarks.language --corpus speeches --minutes 30
-    python -m benchmarks.language --report                   # tables, curves and the docs page from what is stored
 
 Two corpora (the interpreter's standard library; State of the Union addresses, split by year), three seeds; each seed
 has a teacher of its own, so that the spread is one over teachers too. All students of a seed have the same start,
 steps and data order. On seed 0 every method gets the same search on the validation split: three weights, constant and
-annealed, the grid widened where its edge wins; then the same three learning rates. What wins is trained on the other
+annealed, the grid widened where its edge wins; then three learning rates, likewise. What wins is trained on the other
 seeds and reported on the test split. Every finished run is a line of ``results/language/CORPUS.jsonl``.
 """
 
@@ -172,8 +171,17 @@ class Study:
         self.tune_rate(method, best_run.weight, best_run.decay)
 
     def tune_rate(self, method: str, weight: float | None, decay: str) -> None:
-        for rate in RATES:
-            self.need(Run(method, weight, decay, rate, 0))
+        grid = list(RATES)
+        for _ in range(1 + WIDEST):
+            for rate in grid:
+                self.need(Run(method, weight, decay, rate, 0))
+            best = self.best(method, weight=weight, decay=decay).rate
+            if best == max(grid):
+                grid.append(2 * best)
+            elif best == min(grid):
+                grid.insert(0, best / 2)
+            else:
+                break
 
     def report(self, method: str) -> None:
         for run in self.chosen(method):
