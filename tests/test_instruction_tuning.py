@@ -15,9 +15,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer, LlamaConfig
 
 from squeezeheads import Distillation, LogitKD, SqueezedHeads, TaskLoss, attention_divergence, record_attention
-from squeezeheads.distillation import padding_rows
+from squeezeheads.distillation import evaluating, padding_rows
 from squeezeheads.errors import RecipeError
-from squeezeheads.evaluation.generation import evaluating, exact_match, rouge_l, sample_responses
+from squeezeheads.evaluation.generation import exact_match, rouge_l, sample_responses
 from squeezeheads.recipe import load_recipe
 from squeezeheads.tasks.base import Pretrained
 from squeezeheads.tasks.instruction_tuning import InstructionTuning

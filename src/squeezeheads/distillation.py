@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -136,18 +136,18 @@ class Distillation:
             return
         if not batches:
             raise ValueError("prepare needs at least one batch.")
-        open_ = {name: o for name, o in self.objectives.items() if not o.prepared}
-        hidden = any("hidden_states" in o.needs for o in open_.values())
-        with torch.no_grad(), _evaluating(student):
+        unprepared = {name: o for name, o in self.objectives.items() if not o.prepared}
+        hidden = any("hidden_states" in o.needs for o in unprepared.values())
+        with torch.no_grad(), evaluating(student):
             # A student's layers are recorded where some objective compares attention: a model may have none.
-            attends = any("attention" in o.needs for o in open_.values())
+            attends = any("attention" in o.needs for o in unprepared.values())
             with _recording(student, None if attends else []) as learned:
                 outputs = student(**_without_labels(batches[0]), **_asking_for(hidden))
         observed: dict[str, list[Evidence]] = {}
-        for name, objective in open_.items():
+        for name, objective in unprepared.items():
             (source,) = self._sources[name]  # what needs no preparation may have several
             if source not in observed:
-                mine = [o for n, o in open_.items() if self._sources[n] == [source]]
+                mine = [o for n, o in unprepared.items() if self._sources[n] == [source]]
                 observed[source] = self._observe(source, mine, batches)
                 observed[source][0] = replace(observed[source][0], student=outputs, learned=dict(enumerate(learned)))
             twin = self._twin(name)
@@ -163,7 +163,7 @@ class Distillation:
         hidden = any("hidden_states" in o.needs for o in objectives)
         attends = any("attention" in o.needs for o in objectives)
         observed = []
-        with torch.no_grad(), _evaluating(teacher):
+        with torch.no_grad(), evaluating(teacher):
             for batch in batches[: max(o.batches_to_prepare for o in objectives)]:
                 with _recording(teacher, None if attends else []) as taught:
                     outputs = teacher(**_without_labels(batch), **_asking_for(hidden))
@@ -254,7 +254,7 @@ class Distillation:
         teacher = self.teachers[source]
         positions = sorted(set().union(*(o.teacher_positions for o in objectives)))
         hidden = any("hidden_states" in o.needs for o in objectives)
-        with torch.no_grad(), _evaluating(teacher), _recording(teacher, positions) as taught:
+        with torch.no_grad(), evaluating(teacher), _recording(teacher, positions) as taught:
             outputs = teacher(**_without_labels(inputs), **_asking_for(hidden))
         return outputs, dict(zip(positions, taught, strict=True))
 
@@ -323,8 +323,8 @@ def _recording(model: nn.Module, positions: list[int] | None) -> Any:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Any:
-    """Eval mode, each module's own mode given back afterwards."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards each module is in its own mode again."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False
@@ -339,6 +339,7 @@ __all__ = [
     "ONLY",
     "Distillation",
     "DistillationOutput",
+    "evaluating",
     "labelled_targets",
     "named_teachers",
     "next_token_targets",

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list, is_peft_model
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl import DistillationTrainer
 
-from squeezeheads.files import store_json
 from squeezeheads.objectives import Evidence, Objective
+from squeezeheads.plan_file import share_plans, take_up_plans
 from squeezeheads.recording import record_attention
-from squeezeheads.trainer import PLAN_FILE
 
 # Attention that never calls scaled_dot_product_attention. Names that are not known are left to the recording.
 _NOT_RECORDED = ("eager", "flash", "flex")
@@ -101,8 +98,8 @@ class SqueezeDistillationTrainer(DistillationTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a resumed run takes up its stored plan."""
-        if resume_from_checkpoint:
-            self._take_up_plan()
+        if resume_from_checkpoint and self._unprepared():
+            take_up_plans(self._unprepared(), self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
@@ -172,33 +169,14 @@ class SqueezeDistillationTrainer(DistillationTrainer):
 
     def _prepare_objectives(self, evidence: Evidence) -> None:
         """Pair layers and heads on the first batch, where the user has not done so."""
-        options = self._open_options()
+        unprepared = self._unprepared()
         with torch.no_grad():
-            for name in options:
-                self.objectives[name].prepare([evidence])
-        # Each process sampled its own completions: all go by the first one's.
-        broadcast_object_list(box := [{name: self.objectives[name].plan_to_json() for name in options}])
-        for name in options:
-            self.objectives[name].plan_from_json(box[0][name])
-        if self.args.should_save:
-            store_json(Path(str(self.args.output_dir)) / PLAN_FILE, {"options": options, "plans": box[0]})
+            for objective in unprepared.values():
+                objective.prepare([evidence])
+        share_plans(unprepared, self.args.output_dir, self.args.should_save)
 
-    def _take_up_plan(self) -> None:
-        stored, options = Path(str(self.args.output_dir)) / PLAN_FILE, self._open_options()
-        if not options or not stored.is_file():
-            return
-        kept = json.loads(stored.read_text(encoding="utf-8"))
-        if kept["options"] != options:
-            raise ValueError(
-                f"{stored} was made for {kept['options']}, but the objectives are {options}: resume with the "
-                "objectives that the run was started with, or start it afresh in another output_dir."
-            )
-        for name in options:
-            self.objectives[name].plan_from_json(kept["plans"][name])
-
-    def _open_options(self) -> dict[str, dict[str, Any]]:
-        """By name, the options of the objectives that are not prepared."""
-        return {name: o.plan_options for name, o in self.objectives.items() if not o.prepared}
+    def _unprepared(self) -> dict[str, Objective]:
+        return {name: objective for name, objective in self.objectives.items() if not objective.prepared}
 
 
 def _check_objectives(objectives: Mapping[str, Objective]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
@@ -25,10 +24,9 @@ from squeezeheads.distillation import (
     next_token_targets,
     padding_rows,
 )
-from squeezeheads.files import store_json
 from squeezeheads.objectives import Objective
+from squeezeheads.plan_file import share_plans, take_up_plans
 
-PLAN_FILE = "squeeze_plan.json"
 PROJECTOR_FILE = "projectors.safetensors"
 
 
@@ -127,28 +125,11 @@ class SqueezeTrainer(Trainer):
         """
         if self.distillation.prepared and self._projectors_placed:
             return
-        stored = Path(str(self.args.output_dir)) / PLAN_FILE
-        planned = {n: o for n, o in self.distillation.objectives.items() if o.plan_options}
-        options = {name: {**o.plan_options, "teacher": o.teacher} for name, o in planned.items()}
         if not self.distillation.prepared:
-            plans: dict[str, Any] = {}
-            if resume and stored.is_file():
-                kept = json.loads(stored.read_text())
-                if kept["options"] != options:
-                    raise ValueError(
-                        f"{stored} was made for {kept['options']}, but the objectives are {options}: resume with the "
-                        "objectives that the run was started with, or start it afresh in another output_dir."
-                    )
-                plans = kept["plans"]
-            else:
+            planned = {name: o for name, o in self.distillation.objectives.items() if o.plan_options}
+            if not (resume and take_up_plans(planned, self.args.output_dir)):
                 self.distillation.prepare(self.model, self._calibration_batches())
-                plans = {name: objective.plan_to_json() for name, objective in planned.items()}
-            # Every process decided on its own share of the data: all go by the first one's.
-            broadcast_object_list(box := [plans])
-            for name, objective in planned.items():
-                objective.plan_from_json(box[0][name])
-            if self.args.should_save:
-                store_json(stored, {"options": options, "plans": box[0]})
+                share_plans(planned, self.args.output_dir, self.args.should_save)
         for objective in self.distillation.objectives.values():
             if objective.projector is not None:
                 objective.projector = self.accelerator.prepare_model(objective.projector)

@@ -10,13 +10,15 @@ so it is made together with the value, up to the scalar that backward brings.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, expand_to_four, head_index, take_heads
+from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, head_index, take_heads
+from squeezeheads.tile_gradients import ScoreGradients, multiplied
 from squeezeheads.tiling import TILE_BYTES, tiles
 
 
@@ -57,23 +59,29 @@ class _Problem:
     tile_bytes: int
 
 
+_REFUSAL = (
+    "the tiled attention divergence has no second derivative: its gradient is made in the forward pass. Use "
+    'implementation="reference" where a second derivative is needed.'
+)
+
+
 class _TotalDivergence(torch.autograd.Function):
     """(Σ weight · KL, Σ weight) over rows and heads. Backward is a multiplication."""
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor | None, problem: _Problem) -> tuple[Tensor, Tensor]:
-        sweep = _Sweep(problem, gradient=any(ctx.needs_input_grad))
+        gradients = _gradients(problem, ctx.needs_input_grad) if any(ctx.needs_input_grad) else None
+        sweep = _Sweep(problem, gradients=gradients)
         sweep.run()
-        # Unscaled and in the compute dtype: 1 / count would underflow in half precision.
-        ctx.save_for_backward(*sweep.gradients())
-        ctx.dtypes = [t.dtype if t is not None else None for t in (query, key, mask)]
+        if gradients is not None:
+            ctx.dtypes = gradients.dtypes(query, key, mask)
+            ctx.save_for_backward(*gradients.present())
         ctx.mark_non_differentiable(sweep.count)
         return sweep.total, sweep.count
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        grads = _OnceOnly.apply(_watched(grad_total), *ctx.saved_tensors)
-        return *_cast(grads, ctx.dtypes), None
+        return *multiplied(grad_total, ctx.saved_tensors, ctx.dtypes, _REFUSAL), None
 
 
 class _RowDivergence(torch.autograd.Function):
@@ -83,51 +91,36 @@ class _RowDivergence(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor | None, problem: _Problem) -> Tensor:
         ctx.problem = problem
         ctx.save_for_backward(query, key)  # so that an in-place change before backward is noticed
-        ctx.dtypes = [t.dtype if t is not None else None for t in (query, key, mask)]
-        sweep = _Sweep(problem, gradient=False, each_row=True)
+        sweep = _Sweep(problem, each_row=True)
         sweep.run()
         assert sweep.each_row is not None
         return sweep.each_row
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
-        _ = ctx.saved_tensors
-        sweep = _Sweep(ctx.problem, gradient=True, factors=grad_rows.detach())
-        sweep.run()
+        query, key = ctx.saved_tensors
+        gradients = _gradients(ctx.problem, ctx.needs_input_grad)
+        _Sweep(ctx.problem, gradients=gradients, factors=grad_rows.detach()).run()
         one = torch.ones((), dtype=grad_rows.dtype, device=grad_rows.device)
-        return *_cast(_OnceOnly.apply(_watched(one), *sweep.gradients()), ctx.dtypes), None
+        dtypes = gradients.dtypes(query, key, ctx.problem.student.attention_mask)
+        return *multiplied(one, gradients.present(), dtypes, _REFUSAL), None
 
 
-def _watched(factor: Tensor) -> Tensor:
-    """Under ``create_graph`` every gradient must lead to the error of ``_OnceOnly``, whatever the factor depends on."""
-    return factor.detach().requires_grad_() if torch.is_grad_enabled() else factor
-
-
-class _OnceOnly(torch.autograd.Function):
-    """Multiply by a scalar; differentiating that again is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, factor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(factor * t for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError(
-            "the tiled attention divergence has no second derivative: its gradient is made in the forward pass. Use "
-            'implementation="reference" where a second derivative is needed.'
-        )
-
-
-def _cast(grads: tuple[Tensor, ...], dtypes: list[torch.dtype | None]) -> list[Tensor | None]:
-    remaining = iter(grads)
-    return [None if dtype is None else next(remaining).to(dtype) for dtype in dtypes]
+def _gradients(problem: _Problem, wanted: Sequence[bool]) -> ScoreGradients:
+    """Zeros for those of the student's query, key and mask whose gradients autograd asks for."""
+    return ScoreGradients(problem.student, query=wanted[0], key=wanted[1], mask=wanted[2])
 
 
 class _Sweep:
     """One pass over all tiles."""
 
     def __init__(
-        self, problem: _Problem, *, gradient: bool, each_row: bool = False, factors: Tensor | None = None
+        self,
+        problem: _Problem,
+        *,
+        gradients: ScoreGradients | None = None,
+        each_row: bool = False,
+        factors: Tensor | None = None,
     ) -> None:
         student = problem.student
         self.problem = problem
@@ -143,18 +136,7 @@ class _Sweep:
         self.count = torch.zeros((), dtype=torch.float64, device=device)
         self.each_row = torch.zeros(batch, heads, queries, dtype=self.dtype, device=device) if each_row else None
         self.factors = factors
-        self.gradient = gradient
-        self.query_grad = torch.zeros(student.query.shape, dtype=self.dtype, device=device) if gradient else None
-        self.key_grad = torch.zeros(student.key.shape, dtype=self.dtype, device=device) if gradient else None
-        mask = student.attention_mask
-        learned = gradient and mask is not None and mask.requires_grad
-        self.mask_grad = (
-            torch.zeros(mask.shape, dtype=self.dtype, device=device) if learned and mask is not None else None
-        )
-
-    def gradients(self) -> list[Tensor]:
-        """Those of query, key and learned mask that there are."""
-        return [g for g in (self.query_grad, self.key_grad, self.mask_grad) if g is not None]
+        self.gradients = gradients
 
     def run(self) -> None:
         problem, student = self.problem, self.problem.student
@@ -208,12 +190,14 @@ class _Sweep:
             self.each_row[samples, head_index(heads), rows] = divergence * (weights > 0)
         self.total += (divergence * weights).sum(dtype=torch.float64)
         self.count += weights.sum(dtype=torch.float64)
-        if self.gradient:
+        if self.gradients is not None:
             factors = (
                 weights if self.factors is None else self.factors[samples, head_index(heads), rows] * (weights > 0)
             )
             wanted = student_map.sub_(squeezed).mul_(factors[..., None])
-            self._accumulate(wanted, query, key, scale, heads, samples, rows, keys)
+            self.gradients.add(
+                wanted, query, key, heads, samples, rows, keys, scale=scale, temperature=problem.temperature
+            )
 
     def _common_support(
         self,
@@ -241,26 +225,6 @@ class _Sweep:
             weights = weights * self.problem.rows[samples, rows][:, None].to(divergence.dtype)
         return weights
 
-    def _accumulate(
-        self,
-        score_grad: Tensor,
-        query: Tensor,
-        key: Tensor,
-        scale: float,
-        heads: list[int],
-        samples: slice,
-        rows: slice,
-        keys: slice,
-    ) -> None:
-        student = self.problem.student
-        assert self.query_grad is not None and self.key_grad is not None
-        self.query_grad[samples, head_index(heads), rows] = (score_grad @ key).mul_(scale)
-        to_key = score_grad.transpose(-1, -2) @ query  # query carries the scale
-        for index, head in enumerate(heads):
-            self.key_grad[samples, student.key_value_head(head), keys] += to_key[:, index]
-        if self.mask_grad is not None:
-            _add_broadcast(self.mask_grad, score_grad / self.problem.temperature, heads, samples, rows, keys)
-
 
 def _head_blocks(problem: _Problem) -> list[tuple[list[int], list[int]]]:
     """Student heads, one at a time, with the teacher heads that serve them.
@@ -284,19 +248,3 @@ def _mix_maps(mix: Tensor, maps: Tensor) -> Tensor:
             mixed.addcmul_(maps[:, t : t + 1], mix[:, :, t : t + 1, None])
         return mixed
     return (mix @ maps.flatten(2)).unflatten(2, maps.shape[2:])
-
-
-def _add_broadcast(target: Tensor, grad: Tensor, heads: list[int], samples: slice, rows: slice, keys: slice) -> None:
-    """Add a tile's gradient to that of a mask, summed over the dimensions along which the mask was broadcast."""
-    view = expand_to_four(target)
-    for dim in range(4):
-        if view.shape[dim] == 1:
-            grad = grad.sum(dim, keepdim=True)
-    everything = slice(None)
-    where = (
-        everything if view.shape[0] == 1 else samples,
-        everything if view.shape[1] == 1 else head_index(heads),
-        everything if view.shape[2] == 1 else rows,
-        everything if view.shape[3] == 1 else keys,
-    )
-    view[where] += grad

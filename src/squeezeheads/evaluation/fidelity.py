@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.distillation import Distillation, padding_rows
+from squeezeheads.distillation import Distillation, evaluating, padding_rows
 from squeezeheads.objectives import SqueezedHeads
 
 
@@ -34,12 +34,10 @@ def attention_fidelity(
     """
     distillation = Distillation(teacher, objectives, rows=rows)
     total, count = 0.0, 0.0
-    training = student.training
-    student.eval()
-    for batch in batches:
-        out = distillation(student, batch)
-        for name, value in out.terms.items():
-            here = out.counts[name].item()
-            total, count = total + value.item() * here, count + here
-    student.train(training)
+    with evaluating(student):
+        for batch in batches:
+            out = distillation(student, batch)
+            for name, value in out.terms.items():
+                here = out.counts[name].item()
+                total, count = total + value.item() * here, count + here
     return total / max(count, 1.0)

@@ -13,8 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from squeezeheads.distillation import evaluating
 from squeezeheads.errors import RecipeError
-from squeezeheads.evaluation.generation import evaluating
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -11,8 +11,8 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from squeezeheads.distillation import evaluating
 from squeezeheads.errors import RecipeError
-from squeezeheads.evaluation.generation import evaluating
 from squeezeheads.reading import read_jsonl
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import NEGATIVE, AttentionRecord, check_rows, compute_dtype, head_index, take_heads
-from squeezeheads.divergence.tiled import _add_broadcast
+from squeezeheads.attention import NEGATIVE, AttentionRecord, check_rows, compute_dtype, take_heads
 from squeezeheads.objectives.base import Evidence
 from squeezeheads.objectives.layer_plan import PairedObjective
 from squeezeheads.objectives.squeezed_heads import check_learnable
+from squeezeheads.tile_gradients import ScoreGradients, multiplied
 from squeezeheads.tiling import TILE_BYTES, tiles
 
 
@@ -149,45 +149,26 @@ class _SquaredDifference(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor | None, problem: _Problem) -> tuple[Tensor, Tensor]:
-        inputs = (query, key, mask)
-        dtype = compute_dtype(query)
-        grads = [
-            torch.zeros(t.shape, dtype=dtype, device=t.device) if wanted and t is not None else None
-            for t, wanted in zip(inputs, ctx.needs_input_grad, strict=False)
-        ]
+        wanted = ctx.needs_input_grad
+        gradients = ScoreGradients(problem.student, query=wanted[0], key=wanted[1], mask=wanted[2])
         with torch.autocast(query.device.type, enabled=False):
-            total, count = _sweep(problem, grads)
-        ctx.wanted = [grad is not None for grad in grads]
-        ctx.dtypes = [t.dtype for t, grad in zip(inputs, grads, strict=True) if t is not None and grad is not None]
-        ctx.save_for_backward(*(grad for grad in grads if grad is not None))
+            total, count = _sweep(problem, gradients)
+        ctx.dtypes = gradients.dtypes(query, key, mask)
+        ctx.save_for_backward(*gradients.present())
         ctx.mark_non_differentiable(count)
-        return total.to(dtype), count.to(dtype)
+        return total.to(compute_dtype(query)), count.to(compute_dtype(query))
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        # Under create_graph every gradient must lead to the error, whatever the factor depends on.
-        factor = grad_total.detach().requires_grad_() if torch.is_grad_enabled() else grad_total
-        scaled = iter(_OnceOnly.apply(factor, *ctx.saved_tensors))
-        dtypes = iter(ctx.dtypes)
-        return *(next(scaled).to(next(dtypes)) if wanted else None for wanted in ctx.wanted), None
+        return *multiplied(grad_total, ctx.saved_tensors, ctx.dtypes, _REFUSAL), None
 
 
-class _OnceOnly(torch.autograd.Function):
-    """Multiply by a scalar; differentiating that again is refused."""
-
-    @staticmethod
-    def forward(ctx: Any, factor: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tuple(factor * t for t in tensors)
-
-    @staticmethod
-    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
-        raise RuntimeError("AttentionMSE has no second derivative: its gradient is made in the forward pass.")
+_REFUSAL = "AttentionMSE has no second derivative: its gradient is made in the forward pass."
 
 
-def _sweep(problem: _Problem, grads: list[Tensor | None]) -> tuple[Tensor, Tensor]:
-    """(Σ weight · difference, Σ weight) in float64; gradients by query, key and mask are added to ``grads``."""
+def _sweep(problem: _Problem, gradients: ScoreGradients) -> tuple[Tensor, Tensor]:
+    """(Σ weight · difference, Σ weight) in float64; gradients by query, key and mask are added to ``gradients``."""
     student, teacher = problem.student, problem.teacher
-    query_grad, key_grad, mask_grad = grads
     batch, num_heads, queries, _ = student.query.shape
     dtype, device = compute_dtype(student.query), student.query.device
     total = torch.zeros((), dtype=torch.float64, device=device)
@@ -210,16 +191,10 @@ def _sweep(problem: _Problem, grads: list[Tensor | None]) -> tuple[Tensor, Tenso
             total += (value * weight).sum(dtype=torch.float64)
             count += weight.sum(dtype=torch.float64)
             score_grad *= weight[..., None]
-            if query_grad is not None:
+            if gradients.present():
                 key = take_heads(student.key[samples, :, keys], [student.key_value_head(h) for h in heads]).to(dtype)
-                query_grad[samples, head_index(heads), rows] = (score_grad @ key).mul_(student.scale)
-            if key_grad is not None:
                 query = take_heads(student.query[samples, :, rows], heads).to(dtype) * student.scale
-                to_key = score_grad.transpose(-1, -2) @ query
-                for index, head in enumerate(heads):
-                    key_grad[samples, student.key_value_head(head), keys] += to_key[:, index]
-            if mask_grad is not None:
-                _add_broadcast(mask_grad, score_grad, heads, samples, rows, keys)
+                gradients.add(score_grad, query, key, heads, samples, rows, keys, scale=student.scale)
     return total, count
 
 

@@ -1,4 +1,4 @@
-"""Which layers go together, for objectives that compare layer with layer and need nothing else decided."""
+"""Which layers go together, for objectives that compare the attention of layer with layer."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class LayerPair:
 
 @dataclass
 class PairedObjective(Objective):
-    """What objectives on the attention of paired layers share. Subclasses define ``unit``, ``check_pair``,
-    ``plan_options`` and ``__call__``."""
+    """What objectives on the attention of paired layers share. Subclasses define ``unit``, ``plan_options`` and
+    ``__call__``; more than pairs of layers is decided in ``prepare``."""
 
     layers: str | list[list[int]] = "uniform"
     """Which layers go together: "uniform", "last", or pairs [student, teacher] counted from 0."""

@@ -6,30 +6,22 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from squeezeheads.divergence import check_comparable
-from squeezeheads.objectives.base import Evidence, Objective
+from squeezeheads.objectives.base import Evidence
+from squeezeheads.objectives.layer_plan import LayerPair, PairedObjective
 from squeezeheads.pairing import pair_layers
 from squeezeheads.squeezing import HeadGroups, calibrate_groups, group_heads, mixing_matrix
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class LayerPlan(LayerPair):
     """What one student layer learns from."""
 
-    student_layer: str
-    """Module path of the student's attention."""
-    teacher_layer: str
-    """Module path of the teacher's attention."""
-    student_position: int
-    """Position of the student's call in order of execution."""
-    teacher_position: int
-    """Position of the teacher's call in order of execution."""
     groups: HeadGroups
     """Teacher heads (from 0) of each student head."""
 
 
 @dataclass
-class SqueezedObjective(Objective):
+class SqueezedObjective(PairedObjective):
     """What objectives on squeezed heads share: layers are paired and heads are grouped before training."""
 
     schedule: Literal["similar", "progressive", "balanced"] = "similar"
@@ -38,14 +30,10 @@ class SqueezedObjective(Objective):
     weights: Literal["least_squares", "joint", "values", "mean", "select"] = "least_squares"
     """How the heads of a group are weighed: closed-form α in rounds; best convex weights; from values alone; equal;
     the best single head."""
-    layers: str | list[list[int]] = "uniform"
-    """Which layers go together: "uniform", "last", or pairs [student, teacher] counted from 0."""
     calibration_batches: int = 4
     """Batches on which "similar" groups are found."""
     plan: tuple[LayerPlan, ...] = field(default=(), init=False, repr=False)
 
-    needs: ClassVar[frozenset[str]] = frozenset({"attention"})
-    items: ClassVar[Literal["rows", "targets"]] = "rows"
     unit: ClassVar[str] = "nats per row and head"
 
     def __post_init__(self) -> None:
@@ -59,7 +47,7 @@ class SqueezedObjective(Objective):
         plan = []
         for s, t in pair_layers(len(learned), len(taught), self.layers):
             student, teacher = learned[s], taught[t]
-            check_comparable(student, teacher)
+            self.check_pair(student, teacher)
             if self.schedule == "similar":
                 rows = [batch.rows for batch in batches]
                 (groups,) = calibrate_groups(
@@ -71,10 +59,6 @@ class SqueezedObjective(Objective):
             mixing_matrix(teacher, groups, weights=self.weights, rows=batches[0].rows)
             plan.append(LayerPlan(student.name, teacher.name, s, t, groups))
         self.plan = tuple(plan)
-
-    @property
-    def prepared(self) -> bool:
-        return bool(self.plan)
 
     @property
     def plan_options(self) -> dict[str, Any]:
@@ -90,11 +74,3 @@ class SqueezedObjective(Objective):
 
     def plan_from_json(self, data: list[dict[str, Any]]) -> None:
         self.plan = tuple(LayerPlan(**{**d, "groups": tuple(map(tuple, d["groups"]))}) for d in data)
-
-    @property
-    def student_positions(self) -> frozenset[int]:
-        return frozenset(layer.student_position for layer in self.plan)
-
-    @property
-    def teacher_positions(self) -> frozenset[int]:
-        return frozenset(layer.teacher_position for layer in self.plan)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from squeezeheads.distillation import evaluating
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 
@@ -84,9 +85,9 @@ class ImageClassification(Task):
     @torch.no_grad()
     def score(self, model: PreTrainedModel, samples: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
         """Top-1 accuracy."""
-        model.eval()
         right = 0
-        for batch in self.batches(samples, batch_size, model.device):
-            labels = batch.pop("labels")
-            right += int((model(**batch).logits.argmax(-1) == labels).sum())
+        with evaluating(model):
+            for batch in self.batches(samples, batch_size, model.device):
+                labels = batch.pop("labels")
+                right += int((model(**batch).logits.argmax(-1) == labels).sum())
         return {"accuracy": right / max(len(samples), 1)}

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from squeezeheads.distillation import next_token_targets
+from squeezeheads.distillation import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
-from squeezeheads.evaluation.generation import evaluating, exact_match, rouge_l, sample_responses
+from squeezeheads.evaluation.generation import exact_match, rouge_l, sample_responses
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.causal import check_token_model, mean_token_loss, padded, shared_vocabulary, token_config
 from squeezeheads.tasks.instructions import Request, alpaca_text, chat_text, read_requests

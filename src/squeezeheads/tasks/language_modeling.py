@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from squeezeheads.distillation import next_token_targets
+from squeezeheads.distillation import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.causal import check_token_model, mean_token_loss, shared_vocabulary, token_config
@@ -220,8 +220,6 @@ class LanguageModeling(Task):
             ``bits_per_byte``: nats of all predicted tokens / ln 2 / UTF-8 bytes of their text; special tokens have no
             bytes, what they cost counts. Comparable between tokenizers.
         """
-        from squeezeheads.evaluation.generation import evaluating
-
         with evaluating(model):
             loss = mean_token_loss(model, self.batches(samples, batch_size, model.device))
         predicted = [sample["labels"][1:] for sample in samples]

@@ -1,0 +1,56 @@
+"""What objectives decided before training, kept beside a run so that a resumed one goes by the same."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
+
+from squeezeheads.files import store_json
+from squeezeheads.objectives import Objective
+
+PLAN_FILE = "squeeze_plan.json"
+
+
+def share_plans(objectives: Mapping[str, Objective], folder: str | None, store: bool) -> None:
+    """After ``prepare``: each process decided on its own share of the data; all go by the first one's, which is stored.
+
+    Args:
+        objectives: those that decide something, by name; the same in every process.
+        folder: output folder of the run.
+        store: whether this process writes.
+    """
+    broadcast_object_list(box := [{name: objective.plan_to_json() for name, objective in objectives.items()}])
+    for name, objective in objectives.items():
+        objective.plan_from_json(box[0][name])
+    if store:
+        store_json(Path(str(folder)) / PLAN_FILE, {"options": _options(objectives), "plans": box[0]})
+
+
+def take_up_plans(objectives: Mapping[str, Objective], folder: str | None) -> bool:
+    """On resume: take up the stored plans.
+
+    Returns:
+        Whether there were any.
+
+    Raises:
+        ValueError: they were made for other objectives or options.
+    """
+    stored, options = Path(str(folder)) / PLAN_FILE, _options(objectives)
+    if not stored.is_file():
+        return False
+    kept = json.loads(stored.read_text(encoding="utf-8"))
+    if kept["options"] != options:
+        raise ValueError(
+            f"{stored} was made for {kept['options']}, but the objectives are {options}: resume with the objectives "
+            "that the run was started with, or start it afresh in another output_dir."
+        )
+    for name, objective in objectives.items():
+        objective.plan_from_json(kept["plans"][name])
+    return True
+
+
+def _options(objectives: Mapping[str, Objective]) -> dict[str, dict[str, object]]:
+    return {name: {**objective.plan_options, "teacher": objective.teacher} for name, objective in objectives.items()}

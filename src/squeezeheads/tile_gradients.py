@@ -1,0 +1,117 @@
+"""Gradients that are made tile by tile in the forward pass: gathered, and handed on in backward by a multiplication."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from squeezeheads.attention import AttentionRecord, compute_dtype, expand_to_four, head_index
+
+
+class ScoreGradients:
+    """Gradients by a record's query, key and mask, summed from tiles of the gradient by its scores.
+
+    They are kept in the compute dtype: divided by a count, small ones would underflow in half precision.
+
+    Args:
+        record: whose scores are differentiated.
+        query, key, mask: which of them are wanted; the shapes are the record's.
+    """
+
+    def __init__(self, record: AttentionRecord, *, query: bool, key: bool, mask: bool) -> None:
+        self._record = record
+        self.query = _zeros(record.query, record) if query else None
+        self.key = _zeros(record.key, record) if key else None
+        self.mask = _zeros(record.attention_mask, record) if mask and record.attention_mask is not None else None
+
+    def add(
+        self,
+        score_grad: Tensor,
+        query: Tensor,
+        key: Tensor,
+        heads: Sequence[int],
+        samples: slice,
+        rows: slice,
+        keys: slice,
+        *,
+        scale: float,
+        temperature: float = 1.0,
+    ) -> None:
+        """Add a tile.
+
+        Args:
+            score_grad: (b, h, r, K) by the scores, which are ``query @ keyᵀ + mask / temperature``.
+            query: (b, h, r, D), times ``scale``.
+            key: (b, h, K, D).
+            heads, samples, rows, keys: where the tile lies.
+            scale: the factor that ``query`` carries.
+        """
+        if self.query is not None:
+            self.query[samples, head_index(heads), rows] = (score_grad @ key).mul_(scale)
+        if self.key is not None:
+            to_key = score_grad.transpose(-1, -2) @ query
+            for index, head in enumerate(heads):
+                self.key[samples, self._record.key_value_head(head), keys] += to_key[:, index]
+        if self.mask is not None:
+            _add_broadcast(self.mask, score_grad / temperature, heads, samples, rows, keys)
+
+    def present(self) -> list[Tensor]:
+        """Those that are wanted, of query, key and mask in this order."""
+        return [gradient for gradient in (self.query, self.key, self.mask) if gradient is not None]
+
+    def dtypes(self, *inputs: Tensor | None) -> list[torch.dtype | None]:
+        """The dtypes in which autograd expects them, by query, key and mask; ``None`` where not wanted."""
+        kept = (self.query, self.key, self.mask)
+        return [t.dtype if g is not None and t is not None else None for t, g in zip(inputs, kept, strict=True)]
+
+
+def multiplied(
+    factor: Tensor, gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype | None], refusal: str
+) -> tuple[Tensor | None, ...]:
+    """What a backward returns: gradients times a scalar, in the dtypes of their inputs; ``None`` where the dtype is.
+    Differentiating them again raises a RuntimeError with the text ``refusal``."""
+    scaled = iter(_OnceOnly.apply(_watched(factor), refusal, *gradients))
+    return tuple(None if dtype is None else next(scaled).to(dtype) for dtype in dtypes)
+
+
+def _watched(factor: Tensor) -> Tensor:
+    """Under ``create_graph`` every gradient must lead to the refusal, whatever the factor depends on."""
+    return factor.detach().requires_grad_() if torch.is_grad_enabled() else factor
+
+
+class _OnceOnly(torch.autograd.Function):
+    """Multiply by a scalar; differentiating that again is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, refusal: str, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.refusal = refusal
+        return tuple(factor * t for t in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
+        raise RuntimeError(ctx.refusal)
+
+
+def _zeros(like: Tensor, record: AttentionRecord) -> Tensor:
+    return torch.zeros(like.shape, dtype=compute_dtype(record.query), device=record.query.device)
+
+
+def _add_broadcast(
+    target: Tensor, grad: Tensor, heads: Sequence[int], samples: slice, rows: slice, keys: slice
+) -> None:
+    """Add a tile's gradient to that of a mask, summed over the dimensions along which the mask was broadcast."""
+    view = expand_to_four(target)
+    for dim in range(4):
+        if view.shape[dim] == 1:
+            grad = grad.sum(dim, keepdim=True)
+    everything = slice(None)
+    where = (
+        everything if view.shape[0] == 1 else samples,
+        everything if view.shape[1] == 1 else head_index(heads),
+        everything if view.shape[2] == 1 else rows,
+        everything if view.shape[3] == 1 else keys,
+    )
+    view[where] += grad
