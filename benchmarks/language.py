@@ -2,6 +2,7 @@
 
     python -m benchmarks.language --corpus stdlib            # hours; stop it at any time, it goes on where it was
     python -m benchmarks.language --corpus speeches --minutes 30
+    python -m benchmarks.language --table                    # docs/language-study.md's table from what is stored
 
 Two corpora (the interpreter's standard library; State of the Union addresses, split by year), three seeds; each seed
 has a teacher of its own, so that the spread is one over teachers too. All students of a seed have the same start,
@@ -34,6 +35,7 @@ CURVE_BLOCKS = 64
 TEACHER_STEPS = 800
 TEACHER_BATCH = 16
 TEACHER_RATE = 2e-3
+SAME_TEACHER = 1e-4  # nats: what another order of summation may change of a measurement, not of a training
 RATES = (1e-3, 2e-3, 4e-3)
 WEIGHTS = (0.3, 1.0, 3.0)
 WIDEST = 2  # how many times a grid is widened, by the same factor, where its edge wins
@@ -216,6 +218,7 @@ class Study:
             raise OutOfTime
         if self.bench is None:
             self.bench = Bench(self.corpus, self.work)
+        self._check_teacher(run.seed)
         line = {"run": asdict(run), **self.bench.student(run), "made_by": describe_run()}
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as out:
@@ -226,6 +229,18 @@ class Study:
             f"validation {line['validation']:.4f}, test {line['test']:.4f}, {line['seconds']:.0f} s",
             flush=True,
         )
+
+    def _check_teacher(self, seed: int) -> None:
+        """Teachers are not stored with the results: one that was trained anew must be the one of the stored runs."""
+        assert self.bench is not None
+        _, now = self.bench.teacher(seed)
+        for line in self.stored.values():
+            if line["run"]["seed"] == seed and abs(line["teacher"]["validation"] - now["validation"]) > SAME_TEACHER:
+                raise SystemExit(
+                    f"{self.file}: its runs on seed {seed} learned from a teacher of validation loss "
+                    f"{line['teacher']['validation']:.4f}, the one here has {now['validation']:.4f}. Put that teacher "
+                    f"back under {self.work}, or remove the lines of this seed to make them anew."
+                )
 
 
 class OutOfTime(Exception):
@@ -399,12 +414,42 @@ def iterate(corpora: Sequence[str], work: Path, minutes: float | None) -> Iterat
             yield f"{corpus}: complete"
 
 
+def write_table() -> None:
+    """Each method's best run on seed 0 so far, as the page shows it between its marks."""
+    rows = ["| corpus | method | weight | decay | learning rate | validation | test | runs tried | processor time |"]
+    rows.append("|---|---|---|---|---|---|---|---|---|")
+    for corpus in ("stdlib", "speeches"):
+        best: dict[str, list[dict[str, Any]]] = {}
+        for line in read_lines(RESULTS / "language" / f"{corpus}.jsonl"):
+            if line["run"]["seed"] == 0:
+                best.setdefault(line["run"]["method"], []).append(line)
+        for method, lines in best.items():
+            line = min(lines, key=lambda each: each["validation"])
+            run = run_of(line)
+            weight = "" if run.weight is None else f"{run.weight:g}"
+            rows.append(
+                f"| {corpus} | {method} | {weight} | {'' if run.decay == 'none' else 'annealed'} | {run.rate:g} | "
+                f"{line['validation']:.3f} | {line['test']:.3f} | {len(lines)} | {line['seconds']:.0f} s |"
+            )
+    page = ROOT / "docs" / "language-study.md"
+    before, _, rest = page.read_text().partition(MARK)
+    _, _, after = rest.partition(END)
+    page.write_text(f"{before}{MARK}\n\n" + "\n".join(rows) + f"\n\n{END}{after}")
+
+
+MARK, END = "<!-- table -->", "<!-- /table -->"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", choices=("stdlib", "speeches"), action="append", help="default: both")
     parser.add_argument("--minutes", type=float, help="start no run after so many")
+    parser.add_argument("--table", action="store_true", help="run nothing; write the table into the docs")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "study-language", help="where teachers are kept")
     options = parser.parse_args()
+    if options.table:
+        write_table()
+        return
     import torch
 
     torch.set_num_threads(1)

@@ -11,12 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, TrainingArguments
 
 from squeezeheads.cli import main
-from squeezeheads.recipe import shipped_recipe
+from squeezeheads.recipe import load_recipe, shipped_recipe
+from squeezeheads.tasks import Pretrained
 from tiny import classifier
 
 SMALL = {
@@ -438,3 +440,19 @@ def test_demo_in_full(tmp_path):
     }
     fidelity = {name: runs[0]["attention"] for name, runs in results["students"].items()}
     assert fidelity["distilled"] < min(fidelity["no teacher"], fidelity["logit KD"])
+
+
+def test_several_processes_are_refused_before_anything(recipe, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(TrainingArguments, "world_size", property(lambda self: 2))
+    assert main(["distill", recipe()]) == 2
+    assert "2 processes were launched and a run is one" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_measuring_draws_no_random_numbers_from_training(recipe):
+    task = load_recipe(recipe()).chosen_task
+    samples = task.load_data(Pretrained({"teacher": None})).validation
+    model = classifier(3)
+    before = torch.get_rng_state()
+    task.score(model, samples, 64)
+    assert torch.equal(torch.get_rng_state(), before)

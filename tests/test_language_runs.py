@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from squeezeheads.cli import main
@@ -165,3 +166,22 @@ def test_requests(tmp_path):
     assert len(run["rouge_l_seeds"]) == 2 and run["rouge_l"] == pytest.approx(sum(run["rouge_l_seeds"]) / 2)
     assert torch.isfinite(torch.tensor(run["loss"])) and run["attention"] > 0
     assert "rouge_l" not in run["validation"]
+
+
+def test_the_student_of_least_loss_is_kept(tmp_path, texts):
+    """Where a metric is a loss, less is better."""
+    tree = {
+        "task": language_task(texts),
+        "teacher": {"config": LLAMA, "training": BRIEF},
+        "student": {"config": STUDENT},
+        "objectives": {"task": {}},
+        "seeds": [0, 1, 2],
+    }
+    output = carry_out(tmp_path, tree)
+    runs = json.loads((output / "results.json").read_text())["students"]["distilled"]
+    losses = {run["seed"]: run["validation"]["loss"] for run in runs}
+    best = min(losses, key=losses.get)
+    assert len(set(losses.values())) == 3
+    folders = output / "student", output / "students" / "distilled" / f"seed-{best}"
+    kept, source = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all((kept[key] == source[key]).all() for key in source)

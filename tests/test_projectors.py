@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForImageClassification, TrainerCallback, TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from squeezeheads import HiddenStates, LogitKD, OrthogonalProjection, SqueezeTrainer, TaskLoss
-from tiny import classifier, images
+from tiny import check_plain_checkpoint, classifier, images
 
 
 def objectives() -> dict:
@@ -133,12 +133,7 @@ def test_the_saved_student_is_plain(tmp_path):
     run = trainer(tmp_path, save_strategy="steps", save_steps=6)
     run.train()
     folder = tmp_path / "checkpoint-6"
-    classifier(3).save_pretrained(tmp_path / "bare")
-    names, bare = (load_file(f / "model.safetensors").keys() for f in (folder, tmp_path / "bare"))
-    assert names == bare
-    opened = AutoModelForImageClassification.from_pretrained(folder)
-    pixels = images(3)[0]["pixel_values"][None]
-    torch.testing.assert_close(opened.eval()(pixels).logits, run.model.eval()(pixels).logits)
+    check_plain_checkpoint(folder, run.model, tmp_path / "bare")
     kept, own = load_file(folder / "projectors.safetensors"), projector_states(run)
     assert kept.keys() == own.keys() and all(torch.equal(kept[k], v) for k, v in own.items())
 

@@ -9,9 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import (
-    AutoModelForImageClassification,
     BertConfig,
     BertForMaskedLM,
     TrainerCallback,
@@ -19,7 +17,7 @@ from transformers import (
 )
 
 from squeezeheads import LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
-from tiny import classifier, images, language_model, token_batch
+from tiny import check_plain_checkpoint, classifier, images, language_model, token_batch
 
 
 def objectives() -> dict:
@@ -230,12 +228,7 @@ def test_checkpoint_is_plain_and_without_teacher(tmp_path):
     run = trainer(tmp_path, save_strategy="steps", save_steps=4)
     run.train()
     folder = tmp_path / "checkpoint-4"
-    classifier(3).save_pretrained(tmp_path / "bare")
-    names, bare = (load_file(f / "model.safetensors").keys() for f in (folder, tmp_path / "bare"))
-    assert names == bare
-    opened = AutoModelForImageClassification.from_pretrained(folder)
-    pixels = images(3)[0]["pixel_values"][None]
-    torch.testing.assert_close(opened.eval()(pixels).logits, run.model.eval()(pixels).logits)
+    check_plain_checkpoint(folder, run.model, tmp_path / "bare")
 
 
 def test_teacher_stays_as_it_is(tmp_path):
@@ -275,3 +268,26 @@ def test_options_that_would_be_ignored_are_refused(tmp_path):
         SqueezeTrainer(
             model=classifier(3), args=arguments(tmp_path), objectives={"task": TaskLoss()}, compute_loss_func=print
         )
+
+
+def test_rows_and_targets_of_the_user_are_those_that_count(tmp_path):
+    """A user's own choice of what counts reaches the objectives: half the rows, one prediction in three."""
+    run = SqueezeTrainer(
+        model=classifier(3),
+        teacher=classifier(6, layers=4, seed=1),
+        args=arguments(tmp_path),
+        objectives=objectives(),
+        train_dataset=images(48),
+        rows=lambda inputs: torch.arange(17).expand(len(inputs["labels"]), -1) % 2 == 0,
+        targets=lambda inputs: torch.arange(len(inputs["labels"])) % 3 == 0,
+    )
+    run.prepare()
+    batch = next(iter(run.get_train_dataloader()))
+    counts = {name: int(count) for name, count in run.distillation.count(batch).items()}
+    assert counts == {"task": 3, "logits": 3, "attention": 8 * 9}
+    out = run.distillation(run.model, batch)
+    kept = batch["pixel_values"][::3]
+    with torch.no_grad():
+        student, teacher = (m.eval()(kept).logits / 2 for m in (run.model, run.distillation.teachers["teacher"]))
+    expected = torch.nn.functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
+    torch.testing.assert_close(out.terms["logits"], expected)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from transformers import (
+    AutoModelForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -66,3 +69,13 @@ def token_batch(lengths: list[int], total: int, side: str = "right", seed: int =
         "position_ids": positions,
         "labels": labels,
     }
+
+
+def check_plain_checkpoint(folder: Path, model: ViTForImageClassification, scratch: Path) -> None:
+    """``folder`` holds a classifier of 3 heads, nothing beside it, and opens as ``model``."""
+    classifier(3).save_pretrained(scratch)
+    names, bare = (load_file(f / "model.safetensors").keys() for f in (folder, scratch))
+    assert names == bare
+    opened = AutoModelForImageClassification.from_pretrained(folder)
+    pixels = images(3)[0]["pixel_values"][None]
+    torch.testing.assert_close(opened.eval()(pixels).logits, model.eval()(pixels).logits)
