@@ -4,47 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from benchmarks.assets import SPEECHES, speeches_are_here
+from benchmarks.study import Run
 
 BLOCK = 128
 BATCH = 8
-STEPS = 600
-WARMUP = 60  # of STEPS; longer runs warm up for the same share
+WARMUP_SHARE = 0.1  # of the steps
 EVALUATE_EVERY = 50
 CURVE_BLOCKS = 64
 TEACHER_STEPS = 800
+TEACHER_WARMUP = 60
 TEACHER_BATCH = 16
 TEACHER_RATE = 2e-3
 TEACHER = {"hidden_size": 128, "intermediate_size": 384, "num_attention_heads": 8, "num_key_value_heads": 8}
 STUDENT = {"hidden_size": 64, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4}
 EQUAL = {**STUDENT, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 8}
 COMMON = {"num_hidden_layers": 4, "head_dim": 16, "max_position_embeddings": BLOCK}
-
-
-@dataclass(frozen=True)
-class Run:
-    """One student."""
-
-    method: str
-    weight: float | None
-    """Of the method's terms, in the total loss; ``None`` where it has none of its own."""
-    decay: str
-    rate: float
-    seed: int
-    steps: int = STEPS
-
-    @property
-    def key(self) -> tuple[Any, ...]:
-        return (self.method, self.weight, self.decay, self.rate, self.seed, self.steps)
-
-
-def run_of(line: Mapping[str, Any]) -> Run:
-    """The run that a stored line tells of."""
-    return Run(**line["run"])
 
 
 Terms = Callable[[float, str], dict[str, Any]]
@@ -119,7 +97,7 @@ class Bench:
             set_seed(1000 + seed)
             model = LlamaForCausalLM._from_config(self.config(TEACHER), attn_implementation="sdpa")
             task = {"task": TaskLoss()}
-            self._train(model, None, task, TEACHER_STEPS, WARMUP, TEACHER_BATCH, TEACHER_RATE, 1000 + seed)
+            self._train(model, None, task, TEACHER_STEPS, TEACHER_WARMUP, TEACHER_BATCH, TEACHER_RATE, 1000 + seed)
             part = folder.with_suffix(".part")
             model.save_pretrained(part)
             part.rename(folder)
@@ -137,7 +115,7 @@ class Bench:
         shape = EQUAL if run.method.startswith("equal heads") else STUDENT
         student = LlamaForCausalLM._from_config(self.config(shape), attn_implementation="sdpa")
         objectives = methods()[run.method](run.weight or 0.0, run.decay)
-        warmup = WARMUP * run.steps // STEPS
+        warmup = round(WARMUP_SHARE * run.steps)
         watch = self._train(student, teacher, objectives, run.steps, warmup, BATCH, run.rate, run.seed)
         return {
             **self._losses(student),

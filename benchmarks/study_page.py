@@ -1,43 +1,43 @@
-"""Tables and curves of docs/language-study.md, from the stored runs of the language study."""
+"""Tables and curves of a study's page, from its stored runs."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from benchmarks.environment import ROOT
-from benchmarks.language_training import STEPS, Run
-
-if TYPE_CHECKING:
-    from benchmarks.language import Study
-
-PAGE = ROOT / "docs" / "language-study.md"
-IMAGES = ROOT / "docs" / "images"
-SHOWN = ("no teacher", "logit KD", "MiniLMv2", "FitNets", "VkD", "SHD adjacent least_squares")
+from benchmarks.study import Run, Study
 
 
-def write_page(studies: Mapping[str, Study]) -> None:
-    """Put every table between its marks, and draw a figure for each corpus that has runs on more than one seed."""
-    text = PAGE.read_text(encoding="utf-8")
-    for corpus, study in studies.items():
-        for name, rows in (
-            ("methods", _methods(study)),
-            ("time", _equal_time(study)),
+def write_page(page: Path, prefix: str, studies: Mapping[str, Study], units: Mapping[str, str]) -> None:
+    """Put every table between its marks, and draw a figure for each setting that has runs on every seed.
+
+    Args:
+        page: a Markdown file with marks ``<!-- NAME TABLE -->`` and ``<!-- /NAME TABLE -->``; figures go into the
+            folder ``images`` beside it, as ``PREFIX-NAME.png``.
+        studies: by the name of the setting.
+        units: what the reported score is, by the name of the setting.
+    """
+    text = page.read_text(encoding="utf-8")
+    for name, study in studies.items():
+        for table, rows in (
+            ("methods", _methods(study, units[name])),
+            ("time", _equal_time(study, units[name])),
             ("gains", _gains(study)),
             ("search", _search(study)),
         ):
-            text = _between(text, f"{corpus} {name}", rows)
-        _draw(study)
-    PAGE.write_text(text, encoding="utf-8")
+            text = _between(page, text, f"{name} {table}", rows)
+        _draw(study, page.parent / "images" / f"{prefix}-{name}.png", units[name].replace("test", "validation"))
+    page.write_text(text, encoding="utf-8")
 
 
-def _between(text: str, name: str, rows: Sequence[Sequence[str]]) -> str:
+def _between(page: Path, text: str, name: str, rows: Sequence[Sequence[str]]) -> str:
     """The text with a Markdown table between ``<!-- name -->`` and ``<!-- /name -->``."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if start not in text or end not in text:
-        raise SystemExit(f"{PAGE}: the marks {start} and {end} are not there; put them where the table belongs.")
+        raise SystemExit(f"{page}: the marks {start} and {end} are not there; put them where the table belongs.")
     before, _, rest = text.partition(start)
     after = rest.partition(end)[2]
     head, *body = rows
@@ -48,17 +48,17 @@ def _between(text: str, name: str, rows: Sequence[Sequence[str]]) -> str:
 
 def _reported(study: Study) -> list[Run]:
     """Runs of the common number of steps that are there on every seed, best first."""
-    from benchmarks.language import BOTH_DECAYS, FURTHER, MAIN, SEEDS, UNWEIGHTED, VARIANTS
-
     found = []
-    for method in (*UNWEIGHTED, *MAIN, *FURTHER, *VARIANTS):
-        sources = {line["run"]["method"] for line in study.stored.values() if line["run"]["seed"] == 0}
-        if VARIANTS.get(method, method) not in sources:
+    for method in study.design.methods:
+        sources = {
+            line["run"]["method"] for line in study.stored.values() if line["run"]["seed"] == study.design.seeds[0]
+        }
+        if study.design.variants.get(method, method) not in sources:
             continue
-        for decay in ("none", "linear") if method in BOTH_DECAYS else (None,):
+        for decay in ("none", "linear") if method in study.design.both_decays else (None,):
             fixed = {} if decay is None else {"decay": decay}
-            run = replace(study.best(VARIANTS.get(method, method), **fixed), method=method)
-            if len(study.lines(run)) == len(SEEDS):
+            run = replace(study.best(study.design.variants.get(method, method), **fixed), method=method)
+            if len(study.lines(run)) == len(study.design.seeds):
                 found.append(run)
     return sorted(found, key=lambda run: _mean(study, run))
 
@@ -81,13 +81,13 @@ def _settings(run: Run) -> list[str]:
     ]
 
 
-def _methods(study: Study) -> list[list[str]]:
-    rows = [["method", "weight", "", "learning rate", "test loss", "less than logit KD by", "time of a step"]]
+def _methods(study: Study, unit: str) -> list[list[str]]:
+    rows = [["method", "weight", "", "learning rate", unit, f"less than {study.design.reference} by", "time of a step"]]
     reported = _reported(study)
     names = [run.method for run in reported]
-    if "logit KD" not in names:
+    if study.design.reference not in names:
         return rows
-    reference = reported[names.index("logit KD")]
+    reference = reported[names.index(study.design.reference)]
     for run in reported:
         gains = _paired(study, reference, run)
         ratio = study.seconds(run) / study.seconds(reference)
@@ -97,20 +97,18 @@ def _methods(study: Study) -> list[list[str]]:
     return rows
 
 
-def _equal_time(study: Study) -> list[list[str]]:
-    from benchmarks.language import EQUAL_TIME, OURS, SEEDS
-
-    rows = [["method", "steps", "processor time, s", "test loss", f"more than at {STEPS} steps of ours by"]]
+def _equal_time(study: Study, unit: str) -> list[list[str]]:
+    rows = [["method", "steps", "processor time, s", unit, f"more than at {study.design.steps} steps of ours by"]]
     names = {line["run"]["method"] for line in study.stored.values()}
-    if OURS not in names:
+    if study.design.ours not in names:
         return rows
-    ours = study.best(OURS)
-    if len(study.lines(ours)) < len(SEEDS):
+    ours = study.best(study.design.ours)
+    if len(study.lines(ours)) < len(study.design.seeds):
         return rows
     runs = [ours]
-    for method in EQUAL_TIME:
+    for method in study.design.equal_time:
         longer = study.longer(method) if method in names else None
-        if longer is not None and len(study.lines(longer)) == len(SEEDS):
+        if longer is not None and len(study.lines(longer)) == len(study.design.seeds):
             runs.append(longer)
     for run in sorted(runs, key=lambda run: _mean(study, run)):
         tests = [line["test"] for line in study.lines(run)]
@@ -120,22 +118,20 @@ def _equal_time(study: Study) -> list[list[str]]:
 
 
 def _gains(study: Study) -> list[list[str]]:
-    """Each gain is a difference of two test losses on the same seed."""
-    from benchmarks.language import BASELINES, MAIN, OURS
-
-    rows = [["gain in test loss", "mean ± spread", "seeds 0, 1, 2"]]
+    """Each gain is a difference of two test scores on the same seed."""
+    rows = [["gain on test", "mean ± spread", "seeds 0, 1, 2"]]
     reported = {run.method: run for run in reversed(_reported(study))}  # of two decays the better
-    if not {"no teacher", "logit KD", *MAIN} <= reported.keys():
+    if not {study.design.unweighted[0], study.design.reference, *study.design.main} <= reported.keys():
         return rows
-    best_baseline = min((reported[name] for name in BASELINES), key=lambda run: _mean(study, run))
-    paper = reported["SHD adjacent least_squares"]
+    best_baseline = min((reported[name] for name in study.design.baselines), key=lambda run: _mean(study, run))
+    paper = reported[study.design.paper]
     for worse, better in (
-        (reported["no teacher"], reported["logit KD"]),
-        (reported["logit KD"], reported[OURS]),
-        (reported["logit KD"], paper),
-        (reported["logit KD"], best_baseline),
-        (paper, reported[OURS]),
-        (best_baseline, reported[OURS]),
+        (reported[study.design.unweighted[0]], reported[study.design.reference]),
+        (reported[study.design.reference], reported[study.design.ours]),
+        (reported[study.design.reference], paper),
+        (reported[study.design.reference], best_baseline),
+        (paper, reported[study.design.ours]),
+        (best_baseline, reported[study.design.ours]),
     ):
         gains = _paired(study, worse, better)
         single = ", ".join(f"{gain:+.3f}" for gain in gains)
@@ -145,10 +141,10 @@ def _gains(study: Study) -> list[list[str]]:
 
 def _search(study: Study) -> list[list[str]]:
     """What was tried on seed 0 before anything was chosen."""
-    rows = [["method", "runs tried", "weights", "learning rates", "best validation loss"]]
+    rows = [["method", "runs tried", "weights", "learning rates", "best on validation"]]
     tried: dict[str, list[dict[str, Any]]] = {}
     for line in study.stored.values():
-        if line["run"]["seed"] == 0 and line["run"].get("steps", STEPS) == STEPS:
+        if line["run"]["seed"] == study.design.seeds[0] and study.run_of(line).steps == study.design.steps:
             tried.setdefault(line["run"]["method"], []).append(line)
     for method, lines in tried.items():
         weights = sorted({line["run"]["weight"] for line in lines} - {None})
@@ -165,34 +161,32 @@ def _paired(study: Study, worse: Run, better: Run) -> list[float]:
     return [one["test"] - other["test"] for one, other in pairs]
 
 
-def _draw(study: Study) -> None:
+def _draw(study: Study, file: Path, unit: str) -> None:
     """Validation loss against steps, and against processor time where the cheaper methods got more steps."""
     import matplotlib
 
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    from benchmarks.language import OURS
-
     reported = {run.method: run for run in reversed(_reported(study))}
-    shown = [name for name in (*SHOWN, OURS) if name in reported]
+    shown = [name for name in (*study.design.unweighted, *study.design.main) if name in reported]
     if not shown:
         return
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for index, name in enumerate(shown):
-        style = {"color": f"C{index}", "label": name, "linewidth": 2.2 if name == OURS else 1.2}
+        style = {"color": f"C{index}", "label": name, "linewidth": 2.2 if name == study.design.ours else 1.2}
         _curve(by_step, study, reported[name], 0, style)
-        longer = study.longer(name) if name != OURS and OURS in reported else None
+        longer = study.longer(name) if name != study.design.ours and study.design.ours in reported else None
         there = longer is not None and len(study.lines(longer)) == len(study.lines(reported[name]))
         _curve(by_time, study, longer if longer is not None and there else reported[name], 1, style)
     losses = [point[2] for name in shown for line in study.lines(reported[name]) for point in line["curve"]]
     by_step.set_ylim(min(losses) - 0.05, statistics.quantiles(losses, n=10)[-1])
     by_step.set_xlabel("steps")
-    by_step.set_ylabel(f"validation loss, {'nats per byte' if study.corpus == 'stdlib' else 'nats per token'}")
+    by_step.set_ylabel(unit)
     by_time.set_xlabel("processor time of training, seconds")
     by_step.legend(fontsize=8)
-    IMAGES.mkdir(parents=True, exist_ok=True)
-    figure.savefig(IMAGES / f"language-{study.corpus}.png", dpi=110)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
     plt.close(figure)
 
 

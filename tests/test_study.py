@@ -1,0 +1,163 @@
+"""The order of a study: what it searches, chooses, reports and makes once only. Nothing is trained."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from benchmarks.language import DESIGN, studies
+from benchmarks.study import Run, Study
+from benchmarks.study_page import write_page
+
+BEST_RATE = {"no teacher": 2e-3, "logit KD": 4e-3, "FitNets": 8e-3}
+SECONDS = {"no teacher": 10.0, "logit KD": 20.0, "FitNets": 25.0, DESIGN.ours: 60.0}
+
+
+class Bench:
+    """Losses by a formula: best at weight 3 (FitNets: 30), annealed, and at the rate of `BEST_RATE` or 2e-3."""
+
+    teachers = {0: 1.0, 1: 1.1, 2: 1.2}
+
+    def __init__(self):
+        self.made = []
+
+    def teacher(self, seed):
+        return None, {"validation": self.teachers[seed], "test": self.teachers[seed]}
+
+    def student(self, run):
+        self.made.append(run)
+        loss = 2 + math.log(run.rate / BEST_RATE.get(run.method, 2e-3)) ** 2 + (run.decay == "none") * 0.01
+        if run.weight is not None:
+            loss += math.log(run.weight / (30 if run.method == "FitNets" else 3)) ** 2
+        return {
+            "validation": loss,
+            "test": loss + 0.1 * run.seed,
+            "teacher": self.teacher(run.seed)[1],
+            "curve": [[50, 1.0, loss]],
+            "seconds": SECONDS.get(run.method, 50.0) * run.steps / DESIGN.steps,
+        }
+
+
+@pytest.fixture
+def study(tmp_path):
+    def make(name="first", tuned=None):
+        bench = Bench()
+        made = Study(name, DESIGN, tmp_path / f"{name}.jsonl", lambda: bench, tuned=tuned)
+        made.bench = bench
+        return made
+
+    return make
+
+
+def test_weights_and_rates_are_widened_where_an_edge_wins(study):
+    done = study()
+    done.complete()
+    assert done.best("logit KD").rate == 4e-3
+    fitnets = [run for run in done.bench.made if run.method == "FitNets" and run.seed == 0 and run.steps == 600]
+    assert {run.weight for run in fitnets} == {0.3, 1.0, 3.0, 10.0, 30.0}
+    assert {run.rate for run in fitnets} == {1e-3, 2e-3, 4e-3, 8e-3, 16e-3}
+    assert done.best("FitNets") == Run("FitNets", 30.0, "linear", 8e-3, 0, 600)
+    # Every weight was tried under both decays, at the rate of logit KD.
+    for weight in (0.3, 1.0, 3.0, 10.0, 30.0):
+        assert {run.decay for run in fitnets if run.weight == weight and run.rate == 4e-3} == {"none", "linear"}
+
+
+def test_what_is_reported_is_there_on_every_seed_with_the_same_settings(study):
+    done = study()
+    done.complete()
+    for method in DESIGN.methods:
+        for run in done.chosen(method):
+            assert len(done.lines(run)) == 3, run
+    assert {run.decay for run in done.chosen(DESIGN.ours)} == {"none", "linear"}
+    varied = done.chosen("SHD similar mean")[0]
+    source = done.best("SHD similar least_squares")
+    assert (varied.weight, varied.decay, varied.rate) == (source.weight, source.decay, source.rate)
+
+
+def test_cheaper_methods_get_the_steps_that_fit_into_our_time(study):
+    done = study()
+    done.complete()
+    steps = {name: done.longer(name).steps for name in ("no teacher", "logit KD", "FitNets")}
+    assert steps == {"no teacher": 3600, "logit KD": 1800, "FitNets": 1450}  # 600 · 60 / seconds, in fifties
+    for name in steps:
+        assert len(done.lines(done.longer(name))) == 3
+    # A longer run is never taken for the best of the common number of steps.
+    assert done.best("no teacher").steps == 600
+
+
+def test_the_second_corpus_searches_the_rate_alone(study):
+    first = study()
+    first.complete()
+    second = study("second", tuned=first)
+    second.complete()
+    fitnets = [run for run in second.bench.made if run.method == "FitNets" and run.steps == 600]
+    assert {(run.weight, run.decay) for run in fitnets} == {(30.0, "linear")}
+    assert len({run.rate for run in fitnets}) > 2
+    ours = [run for run in second.bench.made if run.method == DESIGN.ours and run.seed == 0]
+    assert {run.decay for run in ours} == {"none", "linear"}  # both are reported
+
+
+def test_stored_runs_are_not_made_again(study):
+    study().complete()
+    again = study()
+    again.complete()
+    assert again.bench.made == []
+    lines = again.file.read_text().splitlines()
+    again.file.write_text("\n".join(lines[:-1]) + "\n")
+    mended = study()
+    mended.complete()
+    assert [run.key for run in mended.bench.made] == [again.run_of(json.loads(lines[-1])).key]
+
+
+def test_runs_of_another_teacher_are_refused(study):
+    study().complete()
+    other = study()
+    other.bench.teachers = {0: 1.0, 1: 1.3, 2: 1.2}
+    (missing,) = [key for key in other.stored if key[0] == "no teacher" and key[4] == 1 and key[5] == 600]
+    del other.stored[missing]
+    with pytest.raises(SystemExit, match=r"validation score 1\.1000, the one here has 1\.3000"):
+        other.complete()
+
+
+def test_minutes_that_are_over_start_no_run(tmp_path):
+    late = Study("late", DESIGN, tmp_path / "late.jsonl", Bench, minutes=-1)
+    assert not late.complete()
+    assert not late.file.exists()
+
+
+def test_the_page_holds_means_spreads_and_paired_gains(study, tmp_path):
+    page = tmp_path / "page.md"
+    tables = ("methods", "time", "gains", "search")
+    page.write_text("".join(f"<!-- {n} {t} -->\n<!-- /{n} {t} -->\n" for n in ("first", "second") for t in tables))
+    done = study()
+    done.complete()
+    units = {"first": "test loss", "second": "test loss"}
+    write_page(page, "study", {"first": done, "second": study("second", tuned=done)}, units)
+    written = page.read_text()
+    assert "| no teacher |  |  | 0.002 | 2.110 ± 0.100 |" in written  # 2.01, 2.11, 2.21 on the three seeds
+    assert "| no teacher | 3600 | 60 | 2.110 ± 0.100 |" in written
+    assert written.count("*not run yet*") == 4
+    assert (tmp_path / "images" / "study-first.png").is_file()
+    assert not (tmp_path / "images" / "study-second.png").exists()
+    write_page(page, "study", {"first": done}, units)  # again: the same page
+    assert page.read_text() == written
+
+
+def test_the_language_study_knows_every_method_that_it_asks_for():
+    from benchmarks.language_training import methods
+
+    assert set(DESIGN.methods) <= methods().keys()
+    for name, terms in methods().items():
+        weighted = set(terms(0.25, "linear")) - {"task", "logits"}
+        assert bool(weighted) == (name not in DESIGN.unweighted), name
+        for term in weighted:
+            assert (terms(0.25, "linear")[term].weight, terms(0.25, "linear")[term].decay) == (0.25, "linear")
+
+
+def test_the_second_corpus_is_tuned_by_the_first(tmp_path):
+    made = studies(tmp_path)
+    assert made["stdlib"].tuned is None
+    assert made["speeches"].tuned is made["stdlib"]
