@@ -231,16 +231,20 @@ class Study:
         found = (self.stored.get(replace(run, seed=seed).key) for seed in self.design.seeds)
         return [line for line in found if line is not None]
 
-    def best(self, method: str, **fixed: Any) -> Run:
-        """The stored run on the first seed of least validation score, among those of the common number of steps."""
-        runs = [
-            (line["validation"], self.run_of(line))
+    def tried(self, method: str, **fixed: Any) -> list[dict[str, Any]]:
+        """The stored lines of a method on the first seed, of the common number of steps, with these settings."""
+        return [
+            line
             for line in self.stored.values()
             if line["run"]["method"] == method
             and line["run"]["seed"] == self.design.seeds[0]
+            and self.run_of(line).steps == self.design.steps
             and all(line["run"][name] == value for name, value in fixed.items())
         ]
-        return min((pair for pair in runs if pair[1].steps == self.design.steps), key=lambda pair: pair[0])[1]
+
+    def best(self, method: str, **fixed: Any) -> Run:
+        """Of these the one of least validation score."""
+        return self.run_of(min(self.tried(method, **fixed), key=lambda line: line["validation"]))
 
     def need(self, run: Run) -> None:
         """Make a run, unless it is stored."""

@@ -12,7 +12,7 @@ from benchmarks.study import Run, Study
 
 
 def write_page(page: Path, prefix: str, studies: Mapping[str, Study], units: Mapping[str, str]) -> None:
-    """Put every table between its marks, and draw a figure for each setting that has runs on every seed.
+    """Put every table between its marks, and draw a figure for each setting that has a method on every seed.
 
     Args:
         page: a Markdown file with marks ``<!-- NAME TABLE -->`` and ``<!-- /NAME TABLE -->``; figures go into the
@@ -28,38 +28,45 @@ def write_page(page: Path, prefix: str, studies: Mapping[str, Study], units: Map
             ("gains", _gains(study)),
             ("search", _search(study)),
         ):
-            text = _between(page, text, f"{name} {table}", rows)
-        _draw(study, page.parent / "images" / f"{prefix}-{name}.png", units[name].replace("test", "validation"))
+            text = _between(page, text, f"{name} {table}", _markdown(rows))
+        image = page.parent / "images" / f"{prefix}-{name}.png"
+        drawn = _draw(study, image, units[name].replace("test", "validation"))
+        curves = f"![{name}: validation against steps and processor time](images/{image.name})" if drawn else NOTHING
+        text = _between(page, text, f"{name} curves", curves)
     page.write_text(text, encoding="utf-8")
 
 
-def _between(page: Path, text: str, name: str, rows: Sequence[Sequence[str]]) -> str:
-    """The text with a Markdown table between ``<!-- name -->`` and ``<!-- /name -->``."""
+NOTHING = "*not run yet*"
+
+
+def _between(page: Path, text: str, name: str, block: str) -> str:
+    """The text with a block between ``<!-- name -->`` and ``<!-- /name -->``."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if start not in text or end not in text:
         raise SystemExit(f"{page}: the marks {start} and {end} are not there; put them where the table belongs.")
     before, _, rest = text.partition(start)
     after = rest.partition(end)[2]
+    return f"{before}{start}\n\n{block}\n\n{end}{after}"
+
+
+def _markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A table; its first row is the head."""
     head, *body = rows
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
-    table = "\n".join(lines) if body else "*not run yet*"
-    return f"{before}{start}\n\n{table}\n\n{end}{after}"
+    return "\n".join(lines) if body else NOTHING
 
 
 def _reported(study: Study) -> list[Run]:
     """Runs of the common number of steps that are there on every seed, best first."""
     found = []
     for method in study.design.methods:
-        sources = {
-            line["run"]["method"] for line in study.stored.values() if line["run"]["seed"] == study.design.seeds[0]
-        }
-        if study.design.variants.get(method, method) not in sources:
-            continue
+        source = study.design.variants.get(method, method)
         for decay in ("none", "linear") if method in study.design.both_decays else (None,):
             fixed = {} if decay is None else {"decay": decay}
-            run = replace(study.best(study.design.variants.get(method, method), **fixed), method=method)
-            if len(study.lines(run)) == len(study.design.seeds):
-                found.append(run)
+            if study.tried(source, **fixed):
+                run = replace(study.best(source, **fixed), method=method)
+                if len(study.lines(run)) == len(study.design.seeds):
+                    found.append(run)
     return sorted(found, key=lambda run: _mean(study, run))
 
 
@@ -140,13 +147,12 @@ def _gains(study: Study) -> list[list[str]]:
 
 
 def _search(study: Study) -> list[list[str]]:
-    """What was tried on seed 0 before anything was chosen."""
+    """What was tried on the first seed before anything was chosen."""
     rows = [["method", "runs tried", "weights", "learning rates", "best on validation"]]
-    tried: dict[str, list[dict[str, Any]]] = {}
-    for line in study.stored.values():
-        if line["run"]["seed"] == study.design.seeds[0] and study.run_of(line).steps == study.design.steps:
-            tried.setdefault(line["run"]["method"], []).append(line)
-    for method, lines in tried.items():
+    for method in study.design.methods:
+        lines = study.tried(method)
+        if not lines:
+            continue
         weights = sorted({line["run"]["weight"] for line in lines} - {None})
         rates = sorted({line["run"]["rate"] for line in lines})
         best = min(line["validation"] for line in lines)
@@ -161,8 +167,9 @@ def _paired(study: Study, worse: Run, better: Run) -> list[float]:
     return [one["test"] - other["test"] for one, other in pairs]
 
 
-def _draw(study: Study, file: Path, unit: str) -> None:
-    """Validation loss against steps, and against processor time where the cheaper methods got more steps."""
+def _draw(study: Study, file: Path, unit: str) -> bool:
+    """Validation score against steps, and against processor time where the cheaper methods got more steps; ``False``
+    where no method is there on every seed."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -171,7 +178,7 @@ def _draw(study: Study, file: Path, unit: str) -> None:
     reported = {run.method: run for run in reversed(_reported(study))}
     shown = [name for name in (*study.design.unweighted, *study.design.main) if name in reported]
     if not shown:
-        return
+        return False
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for index, name in enumerate(shown):
         style = {"color": f"C{index}", "label": name, "linewidth": 2.2 if name == study.design.ours else 1.2}
@@ -188,6 +195,7 @@ def _draw(study: Study, file: Path, unit: str) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+    return True
 
 
 def _curve(axis: Any, study: Study, run: Run, column: int, style: dict[str, Any]) -> None:

@@ -130,7 +130,7 @@ def test_minutes_that_are_over_start_no_run(tmp_path):
 
 def test_the_page_holds_means_spreads_and_paired_gains(study, tmp_path):
     page = tmp_path / "page.md"
-    tables = ("methods", "time", "gains", "search")
+    tables = ("methods", "time", "gains", "search", "curves")
     page.write_text("".join(f"<!-- {n} {t} -->\n<!-- /{n} {t} -->\n" for n in ("first", "second") for t in tables))
     done = study()
     done.complete()
@@ -139,7 +139,7 @@ def test_the_page_holds_means_spreads_and_paired_gains(study, tmp_path):
     written = page.read_text()
     assert "| no teacher |  |  | 0.002 | 2.110 ± 0.100 |" in written  # 2.01, 2.11, 2.21 on the three seeds
     assert "| no teacher | 3600 | 60 | 2.110 ± 0.100 |" in written
-    assert written.count("*not run yet*") == 4
+    assert written.count("*not run yet*") == 5
     assert (tmp_path / "images" / "study-first.png").is_file()
     assert not (tmp_path / "images" / "study-second.png").exists()
     write_page(page, "study", {"first": done}, units)  # again: the same page
