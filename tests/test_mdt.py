@@ -1,4 +1,4 @@
-"""MDTv2: the published design against a second version written from its equations; masks; saving; recording; learning."""
+"""MDTv2: the published design written out a second time; masks, initial weights, saving, recording, learning."""
 
 import json
 import math
@@ -36,7 +36,8 @@ KEEP = torch.tensor([[7, 0, 3, 4, 2], [1, 8, 6, 3, 5]])  # its own tokens for ea
 def small(dtype=torch.float64, seed=0, **changes):
     """A model in eval mode of which no weight is 0 and no two are alike."""
     torch.manual_seed(seed)
-    model = MDTTransformer2DModel(**SMALL | changes).eval().to(dtype)
+    model = MDTTransformer2DModel(**SMALL | changes).eval()
+    model = model.double() if dtype == torch.float64 else model  # diffusers' own .to(dtype) warns each time
     with torch.no_grad():
         for parameter in model.parameters():
             scale = parameter.shape[-1] ** -0.5 if parameter.dim() > 1 else 0.3
@@ -150,8 +151,8 @@ def written_out(weights, x, t, y, keep):
 
 @passes
 def test_values_and_gradients_equal_the_design_written_out(keep):
-    model, batch = small(), inputs()
-    assert not all(batch["class_labels"] == 10)
+    # Sinusoids of the timestep are made in float32, everything else in float64: small timesteps keep them exact.
+    model, batch = small(), inputs() | {"timestep": torch.tensor([3, 40]), "class_labels": torch.tensor([2, 10])}
     weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
     expected = torch.stack(
         [
@@ -161,8 +162,7 @@ def test_values_and_gradients_equal_the_design_written_out(keep):
     )
     found = model(**batch, keep=keep).sample
     assert found.shape == (2, 5, 6, 6)
-    # The sinusoids of the timestep are made in float32, everything else in float64.
-    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
     direction = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     (expected * direction).sum().backward()
@@ -172,7 +172,7 @@ def test_values_and_gradients_equal_the_design_written_out(keep):
     assert set(weights) - set(reached) == (untouched if keep is None else set())
     for name, gradient in reached.items():
         torch.testing.assert_close(
-            gradient, weights[name].grad, rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+            gradient, weights[name].grad, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -434,10 +434,10 @@ def test_saved_and_loaded_it_puts_out_the_same(keep, tmp_path):
     assert torch.equal(loaded(**batch, keep=keep, return_dict=False)[0], model(**batch, keep=keep).sample)
 
     half = MDTTransformer2DModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
-    rounded = half(**inputs(torch.bfloat16), keep=keep).sample
+    rounded = half(**batch | {"hidden_states": batch["hidden_states"].bfloat16()}, keep=keep).sample
     assert rounded.dtype == torch.bfloat16
-    error = (rounded.float() - model(**batch, keep=keep).sample).abs().max()
-    assert error < 0.1 * model(**batch, keep=keep).sample.abs().max()
+    exact = model(**batch, keep=keep).sample
+    assert (rounded - exact).square().mean() < 0.05**2 * exact.square().mean()
 
 
 def test_training_mode_draws_nothing():
@@ -492,7 +492,8 @@ def test_gradient_checkpointing_gives_the_same_gradients_and_records_once(keep):
             loss = out.square().mean() + sum(rec.maps().square().sum() for rec in recording)
             results.append((recording.names, gradients(model, loss), out.detach()))
         assert len(calls) == len(recording) * (2 if enabled else 1)
-    torch.testing.assert_close(results[1], results[0])
+    assert results[1][0] == results[0][0]
+    torch.testing.assert_close(results[1][1:], results[0][1:])
 
 
 # -------------------------------------------------------------------------------------------------------- recording
@@ -546,9 +547,6 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(keep):
     model, batch = small(), inputs()
     with torch.no_grad(), record_attention(model) as taught:
         model(**batch, keep=keep)
-    with record_attention(small()) as learned:
-        pass_again = small()
-    del pass_again
     with record_attention(model) as learned:
         model(**batch, keep=keep)
     for mine, theirs in zip(learned, taught, strict=True):

@@ -313,7 +313,8 @@ class MDTBlock(nn.Module):
     def forward(self, tokens: Tensor, condition: Tensor, offsets: Tensor, skip: Tensor | None = None) -> Tensor:
         """tokens, skip (B, M, E); condition (B, E); offsets (M, M) or (B, M, M) → (B, M, E)."""
         if self.skip_proj is not None:
-            tokens = self.skip_proj(torch.cat([tokens, skip], dim=-1))  # type: ignore[list-item]
+            assert skip is not None
+            tokens = self.skip_proj(torch.cat([tokens, skip], dim=-1))
         modulation = self.modulation(F.silu(condition))[:, None].chunk(6, dim=-1)
         shift, scale, gate, shift_ff, scale_ff, gate_ff = modulation
         tokens = tokens + gate * self.attn(self.norm1(tokens) * (1 + scale) + shift, offsets)
