@@ -16,7 +16,6 @@ from diffusers.models.embeddings import PatchEmbed, TimestepEmbedding, Timesteps
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
-# Of the published models: DiT's layers, widths and heads, four layers of the decoder.
 MDT_SIZES: dict[str, dict[str, int]] = {
     name: {
         "num_layers": layers,
@@ -32,7 +31,7 @@ MDT_SIZES: dict[str, dict[str, int]] = {
         ("XL/2", 28, 1152, 16),
     )
 }
-"""Constructor arguments of each published size: ``MDTTransformer2DModel(**MDT_SIZES["S/2"], out_channels=8)``."""
+"""Constructor arguments of the published sizes, which are DiT's: ``MDTTransformer2DModel(**MDT_SIZES["S/2"])``."""
 
 FREQUENCIES = 256  # width of the sinusoidal embedding of the timestep, as in DiT
 
