@@ -32,6 +32,8 @@ from transformers import (
     ViTModel,
 )
 
+from squeezeheads.models import MDTTransformer2DModel
+
 WIDTH, HEADS, LAYERS, VOCABULARY = 24, 4, 2, 40
 LENGTHS = (6, 3, 1)  # of the samples of a padded batch
 
@@ -135,6 +137,30 @@ def softmax_of_projections(family: Family, batch: Batch) -> list[Tensor]:
             scores = scores.masked_fill(future, -torch.inf)
         if batch.real is not None:
             scores = scores.masked_fill(~batch.real[:, None, None, :], -torch.inf)
+        maps.append(scores.softmax(-1))
+    return maps
+
+
+@torch.no_grad()
+def softmax_with_position_bias(family: Family, batch: Batch) -> list[Tensor]:
+    """softmax(q·k / √D + the bias of the offset between the two tokens), offset by offset."""
+    model = family.build()
+    with watching(model, ".attn") as calls, watching(model, ".to_q") as queries, watching(model, ".to_k") as keys:
+        run(model, batch)
+    size = batch.inputs["hidden_states"].shape[-1] // model.config.patch_size
+    every = torch.arange(size**2).expand(len(batch.inputs["timestep"]), -1)
+    keep = batch.inputs.get("keep", every).sort().values
+    maps = []
+    for (module, *_), (*_, query), (*_, key) in zip(calls, queries, keys, strict=True):
+        query, key = (t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (query, key))
+        scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+        places = (keep if query.shape[2] == keep.shape[1] else every).tolist()
+        for sample, tokens in enumerate(places):
+            for i, a in enumerate(tokens):
+                for j, b in enumerate(tokens):
+                    down, right = a // size - b // size, a % size - b % size
+                    offset = (down + size - 1) * (2 * size - 1) + right + size - 1
+                    scores[sample, :, i, j] += module.relative_position_bias[:, offset]
         maps.append(scores.softmax(-1))
     return maps
 
@@ -247,6 +273,11 @@ def noise(padding: str) -> Batch:
     )
 
 
+def masked_noise(padding: str) -> Batch:
+    """Of nine tokens each sample keeps five, its own, in no order."""
+    return Batch(noise(padding).inputs | {"keep": torch.tensor([[7, 0, 3, 4, 2], [1, 8, 6, 3, 5]])})
+
+
 def vectors(padding: str) -> Batch:
     real = real_tokens(padding)
     return Batch({"x": seeded(len(LENGTHS), max(LENGTHS), WIDTH)} | ({} if real is None else {"real": real}), real)
@@ -313,6 +344,10 @@ _dit: dict[str, Any] = {
     "num_embeds_ada_norm": 10,
     "norm_num_groups": 1,
 }
+_mdt: dict[str, Any] = {k: v for k, v in _dit.items() if k not in ("num_layers", "norm_num_groups")} | {
+    "num_layers": 4,
+    "num_decoder_layers": 2,
+}
 _sides = ("none", "left", "right")
 
 FAMILIES = {
@@ -358,6 +393,10 @@ FAMILIES = {
         Family("deit", hugging_face(DeiTModel, DeiTConfig, **_image), image, own_maps, ".o_proj"),
         Family("dinov2", hugging_face(Dinov2Model, Dinov2Config, **_dinov2), image, own_maps, ".o_proj"),
         Family("dit", lambda _: DiTTransformer2DModel(**_dit), noise, softmax_of_projections, ".to_out.0"),
+        Family("mdt", lambda _: MDTTransformer2DModel(**_mdt), noise, softmax_with_position_bias, ".to_out"),
+        Family(
+            "mdt-masked", lambda _: MDTTransformer2DModel(**_mdt), masked_noise, softmax_with_position_bias, ".to_out"
+        ),
         Family(
             "encoder",
             lambda _: nn.TransformerEncoder(nn.TransformerEncoderLayer(**_torch_layer), LAYERS),

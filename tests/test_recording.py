@@ -882,7 +882,7 @@ def test_wrappers_leave_no_level_in_a_path():
     assert clean_path("a.module.b") == "a.module.b"
 
 
-@pytest.mark.parametrize("name", ["gpt2", "dit", "encoder", "hand-written"])
+@pytest.mark.parametrize("name", ["gpt2", "dit", "mdt-masked", "encoder", "hand-written"])
 def test_under_autocast_the_recorded_tensors_are_bfloat16_and_the_maps_float32(name):
     model, batch = FAMILIES[name].build(), FAMILIES[name].batch("none")
     exact = record(model, batch)
