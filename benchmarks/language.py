@@ -37,6 +37,7 @@ DESIGN = Design(
         "SHD without logit KD", "equal heads: attention MSE", "equal heads: SHD", "equal heads: logit KD"
     ),
     variants={
+        "VkD whitened": "VkD",
         "SHD adjacent values": "SHD adjacent least_squares",
         "SHD adjacent mean": "SHD adjacent least_squares",
         "SHD adjacent select": "SHD adjacent least_squares",

@@ -57,6 +57,7 @@ def methods() -> dict[str, Terms]:
         ),
         "FitNets": lambda w, d: kd(hidden=HiddenStates(w, d)),
         "VkD": lambda w, d: kd(hidden=OrthogonalProjection(w, d)),
+        "VkD whitened": lambda w, d: kd(hidden=OrthogonalProjection(w, d, normalisation="whiten")),
         "MiniLMv2": lambda w, d: kd(relations=MiniLMRelations(w, d, relation_heads=8)),
         "SHD without logit KD": lambda w, d: {"task": TaskLoss(1.0), "attention": SqueezedHeads(w, d)},
         "SHD adjacent values": heads("progressive", "values"),

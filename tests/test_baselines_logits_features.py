@@ -570,3 +570,8 @@ def test_features_that_do_not_fit_are_named():
         HiddenStates()(evidence())
     with pytest.raises(AttributeError, match="TaskLoss has no projector"):
         TaskLoss().projector = nn.Linear(1, 1)
+
+
+def test_small_weights_of_rows_are_relative():
+    objective, given = prepared("linear"), evidence(seed=7)
+    torch.testing.assert_close(objective(dataclasses.replace(given, rows=given.rows * 1e-3)), objective(given))

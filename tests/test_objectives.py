@@ -29,7 +29,7 @@ from squeezeheads import (
     squeezed_attention_loss,
 )
 from squeezeheads.distillation import next_token_targets
-from squeezeheads.objectives import OBJECTIVES
+from squeezeheads.objectives import OBJECTIVES, squeeze_plan
 from tiny import classifier, image_batch, language_model, token_batch
 
 # A new objective is one row here: its options, chosen to be off the defaults.
@@ -297,3 +297,80 @@ def test_impossible_options_are_named(make, message):
 )
 def test_uniform_layers(student, teacher, expected):
     assert pair_layers(student, teacher) == expected
+
+
+def test_an_objective_calibrates_on_as_many_batches_as_it_asks_for(monkeypatch):
+    """Whatever others ask for: its plan must not depend on the company it keeps."""
+    used = []
+    original = squeeze_plan.calibrate_groups
+    monkeypatch.setattr(
+        squeeze_plan, "calibrate_groups", lambda r, *a, **k: used.append(len(r)) or original(r, *a, **k)
+    )
+    batches = [token_batch([9, 7, 8], total=9, seed=seed) for seed in range(8)]
+    teacher, student = language_model(6, layers=4, width=36, seed=1), language_model(3)
+    plans = []
+    for others in ({}, {"whitened": OrthogonalProjection(normalisation="whiten", calibration_batches=8)}):
+        heads = SqueezedHeads(calibration_batches=2)
+        Distillation(teacher, {"heads": heads, **others}, targets=next_token_targets).prepare(student, batches)
+        plans.append(heads.plan)
+    assert used == [2] * 4 and plans[0] == plans[1]
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_parts_without_a_mask_weigh_by_their_length(labels):
+    teacher, student = language_model(6, seed=1).eval(), language_model(3).eval()
+    objectives = {"minilm": MiniLMRelations(relation_heads=2)} | ({} if labels else {"logits": LogitKD()})
+    ids = [torch.randint(1, 40, (1, n), generator=torch.Generator().manual_seed(n)) for n in (4, 16)]
+    bare = [{"input_ids": x, **({"labels": x} if labels else {})} for x in ids]
+    masked = [{**part, "attention_mask": torch.ones_like(part["input_ids"])} for part in bare]
+    found = []
+    for parts in (bare, masked):
+        distillation = Distillation(teacher, objectives, targets=next_token_targets)
+        distillation.prepare(student, parts)
+        each = [distillation.count(part) for part in parts]
+        counts = {name: sum(c[name] for c in each) for name in objectives}
+        found.append(sum(distillation(student, part, counts=counts).loss for part in parts))
+        assert counts["minilm"] == 20
+    torch.testing.assert_close(*found)
+
+
+def test_weights_of_rows_may_add_up_to_less_than_one():
+    teacher, student, batch = language_model(6, seed=1).eval(), language_model(3).eval(), token_batch([9, 7], 9)
+    distillation = Distillation(
+        teacher, {"x": MiniLMRelations(relation_heads=2)}, rows=lambda i: 0.01 * i["attention_mask"].float()
+    )
+    whole = distillation(student, batch)
+    part = distillation(student, batch, counts=distillation.count(batch))
+    torch.testing.assert_close(part.loss, whole.loss)
+
+
+def test_the_sources_defaults():
+    assert MiniLMRelations().layers == OrthogonalProjection().layers == "last"
+    assert OrthogonalProjection().normalisation == "standardise" and HiddenStates().normalisation == "none"
+    assert AttentionMSE().compare == "scores" and JensenShannon().beta == 0.5
+    uniform = {"attention", "squeezed_relations", "attention_mse", "hidden_states"}
+    assert all(OBJECTIVES[name]().layers == "uniform" for name in uniform)
+
+
+def test_teachers_keep_no_cache():
+    teacher, seen = language_model(6, seed=1), []
+    teacher.register_forward_hook(lambda module, given, outputs: seen.append(outputs.get("past_key_values")))
+    Distillation(teacher, {"x": LogitKD(), "y": SqueezedHeads()})(language_model(3), token_batch([6], total=6))
+    assert seen == [None] * len(seen) and seen
+
+
+@pytest.mark.parametrize("side", ("left", "right"))
+def test_labels_that_padding_would_predict_are_refused(side):
+    """With padding on the left the first token of a sample is preceded by padding: how much of it must not matter."""
+    real = torch.tensor([[False, False, True, True, True], [True] * 5])
+    real = real if side == "left" else real.flip(1)
+    ids = torch.arange(10).reshape(2, 5) + 1
+    batch = {"input_ids": ids, "attention_mask": real.long(), "labels": ids.where(real, -100)}
+    distillation = Distillation(None, {"task": TaskLoss()}, targets=next_token_targets)
+    if side == "right":
+        distillation.prepare(language_model(3), [batch])
+        return
+    with pytest.raises(ValueError, match="1 labels of a batch would be predicted from padding"):
+        distillation.prepare(language_model(3), [batch])
+    mended = {**batch, "labels": ids.where(real & torch.tensor([[False] + [True] * 4]) & real.roll(1, 1), -100)}
+    distillation.prepare(language_model(3), [mended])

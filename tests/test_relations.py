@@ -24,6 +24,7 @@ from squeezeheads import (
     MiniLMRelations,
     SqueezedHeads,
     SqueezedRelations,
+    calibrate_groups,
     record_attention,
     recording,
 )
@@ -647,3 +648,32 @@ def test_no_second_derivative_goes_unnoticed(name):
     (grad,) = torch.autograd.grad(value_of(make(), student, teacher), [leaf], create_graph=True)
     with pytest.raises(RuntimeError, match="second derivative"):
         grad.sum().backward()
+
+
+def test_groups_in_any_order():
+    groups = ((5, 0, 3), (1,), (4, 2))
+    student, teacher = pair("causal", seed=13)
+    check(planned(SqueezedRelations(), groups), lambda s, t, r: dense_squeezed(s, t, groups, r), student, teacher)
+
+
+def test_groups_are_found_on_the_rows_that_count():
+    student, teacher = pair("none", seed=0)
+    rows = torch.zeros(2, 9)
+    rows[:, :2] = 1
+    objective = SqueezedRelations()
+    objective.prepare([Evidence({}, None, learned={0: student}, taught={0: teacher}, rows=rows)])
+    (wanted,) = calibrate_groups([[teacher]], 3, weights="least_squares", rows=[rows])
+    (without,) = calibrate_groups([[teacher]], 3, weights="least_squares")
+    assert wanted != without, "the rows decide here"
+    assert objective.plan[0].groups == wanted
+
+
+def test_a_stored_plan_that_met_other_models_is_an_error():
+    from squeezeheads import AttentionMSE
+    from test_relations import minilm, value_of, with_leaves
+
+    student, teacher = pair()
+    with pytest.raises(ValueError, match="3 heads and teacher 'teacher.attention' has 6"):
+        value_of(planned(AttentionMSE()), with_leaves(student), teacher)
+    with pytest.raises(ValueError, match="3 relation heads do not divide"):
+        value_of(minilm(3), with_leaves(student), teacher)

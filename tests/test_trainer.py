@@ -291,3 +291,45 @@ def test_rows_and_targets_of_the_user_are_those_that_count(tmp_path):
         student, teacher = (m.eval()(kept).logits / 2 for m in (run.model, run.distillation.teachers["teacher"]))
     expected = torch.nn.functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
     torch.testing.assert_close(out.terms["logits"], expected)
+
+
+@pytest.mark.parametrize("how", ["in eval mode", "evaluated after each step"])
+def test_counts_are_those_of_the_step_whatever_mode_the_student_is_in(tmp_path, how):
+    """from_pretrained returns a model in eval mode, and evaluation leaves it there; Trainer calls train() only after it
+    has drawn and counted a step's batches."""
+    lengths = [2 + i * i % 11 for i in range(16)]
+    data = [{k: v[0] for k, v in token_batch([n], total=12, seed=i).items()} for i, n in enumerate(lengths)]
+
+    def losses(folder, evaluating, **changes):
+        student = language_model(3)
+        student.train(not evaluating)
+        run = SqueezeTrainer(
+            model=student,
+            teacher=language_model(6, seed=1),
+            objectives={
+                "task": TaskLoss(0.5),
+                "logits": LogitKD(0.5),
+                "attention": SqueezedHeads(calibration_batches=1),
+            },
+            args=TrainingArguments(
+                output_dir=str(folder),
+                max_steps=3,
+                per_device_train_batch_size=1,
+                gradient_accumulation_steps=4,
+                logging_steps=1,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+                use_cpu=True,
+                **changes,
+            ),
+            train_dataset=data,
+            eval_dataset=data[:2],
+        )
+        run.train()
+        return [[e["loss"], e["grad_norm"]] for e in run.state.log_history if "loss" in e]
+
+    changes = {"eval_strategy": "steps", "eval_steps": 1} if how.startswith("evaluated") else {}
+    found = losses(tmp_path / "a", how == "in eval mode", **changes)
+    for mine, plain in zip(found, losses(tmp_path / "b", False), strict=True):
+        assert mine == pytest.approx(plain, rel=1e-5)

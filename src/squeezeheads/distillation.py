@@ -34,9 +34,16 @@ class DistillationOutput:
 
 
 def padding_rows(inputs: Inputs) -> Tensor | None:
-    """Query rows that are no padding: a two-dimensional ``attention_mask``, or ``None`` (all) where there is none."""
+    """Query rows that are no padding: a two-dimensional ``attention_mask``; all of ``input_ids`` where there is none;
+    else ``None``, which is all too."""
     mask = inputs.get("attention_mask")
-    return mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    if isinstance(mask, Tensor) and mask.dim() == 2:
+        return mask.bool()
+    ids = inputs.get("input_ids")
+    if mask is None and isinstance(ids, Tensor) and ids.dim() == 2:
+        # Named one by one: parts of a batch may differ in length, and weigh by their rows.
+        return torch.ones_like(ids, dtype=torch.bool)
+    return None
 
 
 def labelled_targets(inputs: Inputs) -> Tensor | None:
@@ -130,12 +137,14 @@ class Distillation:
             batches: calibration batches, on the models' device; the first is used for checks, all for calibration.
 
         Raises:
-            ValueError, RecordingError: models that cannot be compared or recorded.
+            ValueError, RecordingError: models that cannot be compared or recorded; labels predicted from padding.
         """
         if self.prepared:
             return
         if not batches:
             raise ValueError("prepare needs at least one batch.")
+        for batch in batches:
+            _check_targets(batch, self.targets(batch))
         unprepared = {name: o for name, o in self.objectives.items() if not o.prepared}
         hidden = any("hidden_states" in o.needs for o in unprepared.values())
         with torch.no_grad(), evaluating(student):
@@ -155,7 +164,7 @@ class Distillation:
                 objective.plan_from_json(twin.plan_to_json())
                 objective.check(observed[source][0])
             else:
-                objective.prepare(observed[source])
+                objective.prepare(observed[source][: objective.batches_to_prepare])
 
     def _observe(self, source: str, objectives: Sequence[Objective], batches: Sequence[Inputs]) -> list[Evidence]:
         """A teacher's forward passes on calibration batches, with all that the objectives need."""
@@ -166,7 +175,7 @@ class Distillation:
         with torch.no_grad(), evaluating(teacher):
             for batch in batches[: max(o.batches_to_prepare for o in objectives)]:
                 with _recording(teacher, None if attends else []) as taught:
-                    outputs = teacher(**_without_labels(batch), **_asking_for(hidden))
+                    outputs = teacher(**_without_labels(batch), **_asking_for(hidden), **_no_cache(teacher))
                 observed.append(
                     Evidence(
                         batch,
@@ -241,7 +250,7 @@ class Distillation:
             counted[name] = _count(objective, inputs, whole.rows, whole.targets)
             share: Tensor | float = 1.0
             if counts is not None:
-                share = counted[name] / counts[name].clamp_min(1)
+                share = counted[name] / counts[name].where(counts[name] > 0, 1.0)
             # A mean over no item is not a number in models that take no count; it counts nothing.
             value = torch.where(counted[name] > 0, value, 0.0)
             part = objective.weight_at(progress) * objective.scale * share * value
@@ -255,7 +264,7 @@ class Distillation:
         positions = sorted(set().union(*(o.teacher_positions for o in objectives)))
         hidden = any("hidden_states" in o.needs for o in objectives)
         with torch.no_grad(), evaluating(teacher), _recording(teacher, positions) as taught:
-            outputs = teacher(**_without_labels(inputs), **_asking_for(hidden))
+            outputs = teacher(**_without_labels(inputs), **_asking_for(hidden), **_no_cache(teacher))
         return outputs, dict(zip(positions, taught, strict=True))
 
     def _loss_count(self, evidence: Evidence) -> dict[str, Tensor]:
@@ -301,6 +310,22 @@ def _sources(name: str, objective: Objective, teachers: Mapping[str, nn.Module])
     return list(teachers)
 
 
+def _check_targets(inputs: Inputs, targets: Tensor | None) -> None:
+    """
+    Raises:
+        ValueError: predictions made at padding count.
+    """
+    mask = inputs.get("attention_mask")
+    if targets is None or not isinstance(mask, Tensor) or mask.shape != targets.shape:
+        return
+    amiss = int((targets & ~mask.bool()).sum())
+    if amiss:
+        raise ValueError(
+            f"{amiss} labels of a batch would be predicted from padding: with padding on the left the first token of a "
+            "sample has nothing before it. Set the label of each sample's first token to -100."
+        )
+
+
 def _count(objective: Objective, inputs: Inputs, rows: Tensor | None, targets: Tensor | None) -> Tensor:
     selected = rows if objective.items == "rows" else targets
     if selected is not None:
@@ -315,6 +340,11 @@ def _without_labels(inputs: Inputs) -> dict[str, Any]:
 
 def _asking_for(hidden_states: bool) -> dict[str, bool]:
     return {"output_hidden_states": True} if hidden_states else {}
+
+
+def _no_cache(model: nn.Module) -> dict[str, bool]:
+    """A language model would keep a copy of all keys and values in its outputs."""
+    return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
 
 
 def _recording(model: nn.Module, positions: list[int] | None) -> Any:

@@ -212,7 +212,7 @@ class SqueezeTrainer(Trainer):
             pairs = torch.stack([torch.stack([self._sums[n], self._items[n]]).double() for n in names])
             pairs = self.accelerator.reduce(pairs, reduction="sum")
             for name, (total, items) in zip(names, pairs.tolist(), strict=True):
-                logs[name] = total / max(items, 1.0)
+                logs[name] = total / items if items > 0 else 0.0
             self._sums.clear()
             self._items.clear()
         super().log(logs, start_time)
@@ -256,14 +256,15 @@ class SqueezeTrainer(Trainer):
             )
         super()._issue_warnings_after_load(load_result)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        """Counts each objective's items in the whole batch, over accumulation steps and processes."""
-        if self.is_in_train and self.model.training:
-            counts = [self.distillation.count(batch) for batch in batch_samples]
-            zero = torch.zeros((), device=device)
-            mine = {name: sum((c[name].to(device) for c in counts), zero) for name in self.distillation.objectives}
-            self._batch_counts = {n: self.accelerator.reduce(v, reduction="sum") for n, v in mine.items()}
-        return super()._get_num_items_in_batch(batch_samples, device)
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """Counts each objective's items in the whole batch, over accumulation steps and processes. Only the training
+        loop calls this, and it does so before the student is back in training mode after an evaluation."""
+        samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+        counts = [self.distillation.count(batch) for batch in samples]
+        zero = torch.zeros((), device=device)
+        mine = {name: sum((c[name].to(device) for c in counts), zero) for name in self.distillation.objectives}
+        self._batch_counts = {n: self.accelerator.reduce(v, reduction="sum") for n, v in mine.items()}
+        return samples, items
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
         """A few batches of training data, the same for every start with this seed, drawing on no global generator."""
