@@ -61,7 +61,7 @@ class Models:
         if spec.path is not None:
             return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
         set_seed(TEACHER_SEED)
-        return self.task.build(copy.deepcopy(self.teacher_configs[name]), spec.attn_implementation)
+        return self.task.build(copy.deepcopy(self.teacher_configs[name]), spec.attn_implementation, spec.dtype)
 
     def new_student(self, seed: int) -> PreTrainedModel:
         """A student as it is before training: the same for every set of objectives."""
@@ -69,7 +69,7 @@ class Models:
         set_seed(seed)  # a pretrained student too: a head that its checkpoint lacks is drawn at random
         if spec.path is not None:
             return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
-        return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation)
+        return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
 
 
 def _pretrained_config(path: str, key: str) -> Any:

@@ -88,14 +88,18 @@ class ModelSpec:
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """transformers' attention kernel; attention can be recorded under "sdpa" alone, others serve runs without it."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """In which numbers a pretrained model is loaded; "auto" is as it was saved. A student that is trained in less than
-    float32 loses small updates: use training.precision instead."""
+    """In which numbers a pretrained model is loaded ("auto": as it was saved) or a new one is made. A student that is
+    trained in less than float32 loses small updates: use training.precision instead."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.config:
             raise ValueError(
                 f"path={self.path!r} and config are both given: a pretrained model keeps its configuration."
             )
+        if self.path is None and self.dtype == "auto":
+            raise ValueError("dtype='auto' without path: a new model was never saved. Expected float32, for example.")
+        for name in {"dtype", "torch_dtype"} & {*self.config}:
+            raise ValueError(f"config.{name} cannot be given here: use dtype, beside config.")
 
 
 @dataclass
