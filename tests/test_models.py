@@ -199,7 +199,7 @@ def test_a_list_that_is_as_long_as_layers_are_many_is_no_list_of_layers():
         (QWEN3, {"hidden_act": "gleu"}, r"^student\.config\.hidden_act='gleu' is unknown to Qwen3Config\. Did .* gelu"),
         (QWEN3, {"hidden_act": 3}, r"^student\.config\.hidden_act=3: Qwen3Config refuses .* expected str, got int"),
         (QWEN3, {"layer_types": ["full"] * 2}, r"^student\.config\.layer_types=.*: Qwen3Config refuses these options"),
-        (QWEN3, {"num_hidden_layers": 3, "layer_types": ["full"]}, r"^student\.config\.num_hidden_layers=3, "),
+        (QWEN2, {"num_hidden_layers": 3, "layer_types": ["full_attention"]}, r"^student\.config\.num_hidden_layers=3,"),
         (QWEN3, {"model_type": "llama", "hidden_act": 3}, r"^student\.config\.hidden_act=3: LlamaConfig refuses"),
         (GPTNeoConfig(num_layers=2, attention_types=[[["global", "local"], 1]], hidden_size=16, num_heads=2),
          {"num_layers": 3}, r"^student\.config\.num_layers=3: GPTNeoConfig refuses"),

@@ -5,19 +5,24 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import random
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from squeezeheads.distillation import Distillation
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.tasks import Splits, Task
+from squeezeheads.tasks.causal import check_causal
 from squeezeheads.tasks.modeling import new_config, similar
 
 TEACHER_SEED = 0
@@ -114,32 +119,166 @@ def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
         yield key
 
 
+def check_configs(models: Models) -> None:
+    """Whether the models, by their configurations, are for the task's data. Loads no weights.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    for name, config in models.teacher_configs.items():
+        models.task.check_model(config, models.recipe.teacher_key(name))
+    models.task.check_model(models.student_config, "student")
+
+
 def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
-    """One batch through all models, trained or not: what does not fit shows before hours are spent."""
+    """``check_configs``; then the first step of every training in small, and saving: what does not fit shows before
+    hours are spent. Models, gradients and random numbers are as before when it returns.
+
+    Raises:
+        RecipeError: models that the task has no use for, that cannot be compared or trained so, or that do not come
+            back from a file as they were saved.
+    """
+    check_configs(models)
+    with _same_random_numbers():
+        _try_models(models, recipe, splits)
+
+
+def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     task = models.task
-    batch = task.collate([splits.train[index] for index in range(min(4, len(splits.train)))])
+    args = training_arguments(recipe.training, "training", Path(recipe.output), recipe.seeds[0])
+    count = min(4, recipe.training.batch_size, len(splits.train))
+    batch = task.collate([splits.train[index] for index in range(count)])
+    batch = {key: value.to(args.device) for key, value in batch.items()}
     try:
-        teachers: dict[str, nn.Module] = {name: models.new_teacher(name) for name in recipe.named_teachers}
+        teachers: dict[str, PreTrainedModel] = {name: models.new_teacher(name) for name in recipe.named_teachers}
         student = models.new_student(recipe.seeds[0])
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(
-            f'a model cannot be loaded or built: {error} Attention is recorded under attn_implementation="sdpa" alone.'
+            f"a model cannot be loaded or built: {in_short(error)} Attention is recorded under "
+            'attn_implementation="sdpa" alone.'
         ) from error
+    _check_saving(task, student, recipe.student.attn_implementation, "student")
     for name, teacher in teachers.items():
-        task.check_model(teacher.config, recipe.teacher_key(name))
-    task.check_model(student.config, "student")
+        spec = recipe.named_teachers[name]
+        if spec.training is not None:
+            _check_saving(task, teacher, spec.attn_implementation, recipe.teacher_key(name))
+    for whose, model in (
+        *((recipe.teacher_key(name), teacher) for name, teacher in teachers.items()),
+        ("student", student),
+    ):
+        model.to(args.device)
+        try:
+            check_causal(model, batch, whose)
+        except FOREIGN as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError(f"{whose}: {type(model).__name__} cannot be run: {_told(error)}") from error
     for name, objectives in recipe.arms.items():
         try:
             trial = Distillation(teachers, copy.deepcopy(objectives), rows=task.rows, targets=task.targets)
             trial.prepare(student, [batch])
-            with torch.no_grad():
-                trial(student, batch)
-        except (ValueError, TypeError, RuntimeError) as error:
-            # RuntimeError: recording, or shapes that a model refuses.
+            with _as_in_training(student, args), _autocast([*teachers.values(), student], args):
+                trial(student, batch).loss.backward()
+        except FOREIGN as error:
             where = "objectives" if name == DISTILLED else f"baselines.{name}"
-            raise RecipeError(f"{where}: {error}") from error
+            raise RecipeError(f"{where}: {_told(error)}") from error
+        finally:
+            student.zero_grad(set_to_none=True)
+
+
+# What recording, objectives and models raise where they do not fit: other libraries' models among them.
+FOREIGN = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
+
+
+def _told(error: Exception) -> str:
+    """The error's words; with its name, where they alone say little."""
+    return str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _as_in_training(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
+    """Training mode, layers checkpointed where the options say so."""
+    if args.gradient_checkpointing:
+        options = dict(args.gradient_checkpointing_kwargs or {})
+        apart = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options or None, **apart)
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        if args.gradient_checkpointing:
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+
+
+@contextmanager
+def _autocast(models: Sequence[PreTrainedModel], args: TrainingArguments) -> Iterator[None]:
+    """Mixed precision as ``accelerate`` arranges it: within the models' forward passes, and outputs in float32."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    if not (args.bf16 or args.fp16):
+        yield
+        return
+    numbers = torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
+    for model in models:
+        model.forward = convert_outputs_to_fp32(numbers(model.forward))
+    try:
+        yield
+    finally:
+        for model in models:
+            del model.forward
+
+
+SAVED_ON_TRIAL = 500_000_000
+"""Parameters up to which a model is saved and loaded on trial: 2 GB in float32, some seconds."""
+
+
+def _check_saving(task: Task, model: PreTrainedModel, attn_implementation: str, whose: str) -> None:
+    """
+    Raises:
+        RecipeError: a model that cannot be saved, or that comes back with other weights.
+    """
+    if model.num_parameters() > SAVED_ON_TRIAL:
+        return
+    with tempfile.TemporaryDirectory(prefix="squeezeheads-") as folder:
+        try:
+            model.save_pretrained(folder)
+            back = task.load(folder, attn_implementation).state_dict()
+        except OSError as error:
+            raise RecipeError(
+                f"{whose}: cannot be saved on trial in {folder}: {error}. TMPDIR chooses another place."
+            ) from error
+        except Exception as error:  # what saving and loading raise is their own matter
+            raise RecipeError(f"{whose}: {type(model).__name__} cannot be saved: {_told(error)}") from error
+    mine = model.state_dict()
+    other = sorted(
+        name
+        for name in {*mine, *back}
+        if name not in mine or name not in back or not _same(mine[name].to(back[name].dtype), back[name])
+    )
+    if other:
+        raise RecipeError(
+            f"{whose}: {type(model).__name__} does not come back as it was saved: {', '.join(other[:3])} differ."
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Afterwards all generators go on as if nothing had been drawn."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
 
 
 def check_training(recipe: Recipe) -> None:
