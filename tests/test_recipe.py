@@ -95,6 +95,12 @@ def test_mistakes_are_named_with_key_and_expectation(write, old, new, message):
         load_recipe(write(DIGITS.replace(old, new, 1)))
 
 
+def test_a_text_in_place_of_a_recipe_is_not_printed_in_full(write):
+    with pytest.raises(RecipeError, match=r"recipe: expected a mapping of options, got 'the cat") as caught:
+        load_recipe(write("the cat sat on the mat. " * 500))
+    assert len(str(caught.value)) < 300
+
+
 def test_missing_file_is_named(tmp_path):
     with pytest.raises(RecipeError, match=r"nothing\.yaml: no such recipe"):
         load_recipe(tmp_path / "nothing.yaml")

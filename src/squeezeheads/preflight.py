@@ -8,7 +8,7 @@ import json
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,15 +27,47 @@ from squeezeheads.tasks.modeling import new_config, similar
 
 TEACHER_SEED = 0
 
-# Options of TrainingArguments that would undo what makes students comparable, or that a run has no use for.
+_EVALUATION = "the run measures its models itself, behind training"
+_BEST = "the run keeps the best student itself, by the validation split"
+_HUB = "the run leaves its models in output; push them from there"
+
+# Options of TrainingArguments that would undo what makes students comparable, or what a stopped run goes on from, or
+# that a run has no use for; with the reason.
 REFUSED = {
-    "num_train_epochs",
-    "resume_from_checkpoint",
-    "eval_strategy",
-    "load_best_model_at_end",
-    "label_smoothing_factor",
-    "push_to_hub",
+    "num_train_epochs": "training.max_steps says how long training is",
+    "resume_from_checkpoint": "a run finds its last checkpoint itself",
+    "save_only_model": "without the optimiser's state a stopped run could not go on as if it had not been stopped",
+    "ignore_data_skip": "a stopped run would see its first data again in place of what is left",
+    "restore_callback_states_from_checkpoint": "callbacks begin anew with each start of a run",
+    "enable_jit_checkpoint": "a run goes on from the checkpoints of every save_every steps",
+    "save_on_each_node": "a run has one process",
+    "auto_find_batch_size": "students would be trained with batches of other sizes: set training.batch_size",
+    "eval_strategy": _EVALUATION,
+    "eval_on_start": _EVALUATION,
+    "eval_steps": _EVALUATION,
+    "eval_delay": _EVALUATION,
+    "eval_accumulation_steps": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "batch_eval_metrics": _EVALUATION,
+    "include_for_metrics": _EVALUATION,
+    "prediction_loss_only": _EVALUATION,
+    "do_train": "the command says what is done",
+    "do_eval": _EVALUATION,
+    "do_predict": _EVALUATION,
+    "load_best_model_at_end": _BEST,
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
+    "label_smoothing_factor": "it would be ignored: the task objective is the model's own loss",
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_token": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
 }
+OWN_KEYS = "the run sets it itself, from output, seeds and the keys of training"
 
 
 @dataclass
@@ -81,7 +113,7 @@ def _pretrained_config(path: str, key: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ImportError, ValueError) as error:
-        raise RecipeError(f"{key}={path!r} cannot be loaded: {error}") from error
+        raise RecipeError(f"{key}={path!r} cannot be loaded: {in_short(error)}") from error
 
 
 def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None) -> None:
@@ -97,7 +129,8 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
             theirs = json.loads(stored.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RecipeError(f"{stored} is damaged: {error}. Delete the folder, or choose another.") from error
-        different = sorted(_different_keys(mine, theirs))
+        # A run that was moved, or is named by another path, is the same run.
+        different = sorted(key for key in _different_keys(mine, theirs) if key != "output")
         if parts is not None:
             different = [key for key in different if key.split(".")[0] in parts]
         if different:
@@ -109,6 +142,28 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
         raise RecipeError(f"output={output} is a file: expected a folder, new or of an earlier start of this run.")
     elif output.exists() and any(output.iterdir()):
         raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
+    if parts is None:
+        _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
+    """Whether the folder can be made and written to. Nothing of the trial is left."""
+    made: list[Path] = []
+    try:
+        for folder in (*reversed(output.parents), output):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"output={output} cannot be made or written to: {error}. Choose another folder with --output."
+        ) from error
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # another run has begun to use it
+                folder.rmdir()
 
 
 def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
@@ -318,12 +373,10 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
         "data_seed": seed,
     }
     free = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available()}
-    taken = sorted(set(spec.arguments) & ({*fixed} | REFUSED))
+    taken = sorted(set(spec.arguments) & {*fixed, *REFUSED})
     if taken:
-        raise RecipeError(
-            f"{key}.arguments: {', '.join(taken)} cannot be given here: the run sets it itself or has no use for it. "
-            "Use the recipe's own keys: output, seeds and those of training."
-        )
+        reasons = [f"{name} cannot be given here: {REFUSED.get(name, OWN_KEYS)}." for name in taken]
+        raise RecipeError(f"{key}.arguments: {' '.join(reasons)}")
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     unknown = sorted(set(spec.arguments) - known)
     if unknown:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import glob
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from squeezeheads.distillation import ONLY
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.objectives import OBJECTIVES, Objective
 from squeezeheads.tasks import TASKS, Task
 
@@ -72,8 +73,14 @@ class TrainingSpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value}: expected a finite number of at least 0.")
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}: expected fewer than max_steps={self.max_steps}, or the peak "
+                "learning rate is never reached."
+            )
 
 
 @dataclass
@@ -302,7 +309,7 @@ def _check_mappings(kind: Any, value: Any, key: str) -> None:
     if option is None:
         return
     if not isinstance(value, dict):
-        raise ValueError(f"{key or 'recipe'}: expected a mapping of options, got {value!r}.")
+        raise ValueError(f"{key or 'recipe'}: expected a mapping of options, got {in_short(repr(value), 60)}.")
     hints = {f.name: get_type_hints(option)[f.name] for f in dataclasses.fields(option) if f.init}
     for name, part in value.items():
         where = f"{key}.{name}" if key else str(name)

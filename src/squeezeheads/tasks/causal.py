@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from squeezeheads.distillation import evaluating, next_token_targets
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.tasks.base import Pretrained
 from squeezeheads.tasks.tokenization import model_vocabulary
 
@@ -49,7 +49,7 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, pretrained: Pretrained
             try:
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             except (OSError, ValueError, ImportError) as error:
-                raise RecipeError(f"{path} cannot be loaded: {error}") from error
+                raise RecipeError(f"{path} cannot be loaded: {in_short(error)}") from error
             sizes.append(getattr(config.get_text_config(), "vocab_size", 0))
     return max(sizes)
 
