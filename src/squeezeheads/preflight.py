@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -124,7 +125,7 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
     """
     mine = json.loads(json.dumps(dump_recipe(recipe)))
     stored = output / "recipe.json"
-    if stored.is_file():
+    if os.path.isfile(stored):  # unlike Path's, false for names that no file can have
         try:
             theirs = json.loads(stored.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -138,9 +139,9 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
                 f"output={output} holds a run of another recipe: {', '.join(different)} differ. Choose another folder "
                 "with --output, or delete this one."
             )
-    elif output.exists() and not output.is_dir():
+    elif os.path.exists(output) and not output.is_dir():
         raise RecipeError(f"output={output} is a file: expected a folder, new or of an earlier start of this run.")
-    elif output.exists() and any(output.iterdir()):
+    elif os.path.exists(output) and any(output.iterdir()):
         raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
     if parts is None:
         _check_writable(output)
