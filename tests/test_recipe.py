@@ -57,9 +57,9 @@ def test_recipes_know_every_objective_and_task():
 
 
 def test_overrides_reach_every_depth():
-    overrides = ["--training.max_steps", "7", "--objectives.attention.weights=joint", "--seeds", "[4, 5]"]
+    overrides = ["--training.max_steps", "70", "--objectives.attention.weights=joint", "--seeds", "[4, 5]"]
     recipe = load_recipe(shipped_recipe("digits"), [*overrides, "--student.config.num_attention_heads", "2"])
-    assert recipe.training.max_steps == 7 and recipe.seeds == [4, 5]
+    assert recipe.training.max_steps == 70 and recipe.seeds == [4, 5]
     assert recipe.arms["distilled"]["attention"].weights == "joint"
     assert recipe.student.config["num_attention_heads"] == 2
     assert recipe.student.config["hidden_size"] == 36, "an override must not drop its neighbours"
