@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +19,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 from squeezeheads.cli import main
+from squeezeheads.preflight import REFUSED, check_output
 from squeezeheads.recipe import load_recipe, shipped_recipe
-from squeezeheads.tasks import Pretrained
+from squeezeheads.tasks import ImageClassification, Pretrained
 from tiny import classifier
 
 SMALL = {
@@ -143,6 +146,10 @@ def test_unknown_training_arguments_are_named(recipe, capsys):
     assert "max_steeps" in capsys.readouterr().err
 
 
+def test_refused_options_are_options():
+    assert {*REFUSED} <= {f.name for f in dataclasses.fields(TrainingArguments)}
+
+
 MISTAKES = {
     "head count of 0": ({"student__config__num_attention_heads": 0}, "student.config.num_attention_heads=0"),
     "teacher head count of 0": ({"teacher__config__num_attention_heads": 0}, "teacher.config.num_attention_heads=0"),
@@ -164,6 +171,28 @@ MISTAKES = {
         "label_smoothing_factor",
     ),
     "evaluation that has no data": ({"training__arguments": {"eval_strategy": "steps"}}, "eval_strategy cannot be"),
+    "checkpoints without optimiser": (
+        {"training__arguments": {"save_only_model": True}},
+        "training.arguments: save_only_model cannot be given here: without the optimiser's state",
+    ),
+    "data seen twice after a stop": (
+        {"training__arguments": {"ignore_data_skip": True}},
+        "ignore_data_skip cannot be given here: a stopped run would see its first data again",
+    ),
+    "evaluation before training": (
+        {"training__arguments": {"eval_on_start": True, "do_eval": True}},
+        "do_eval cannot be given here: the run measures its models itself, behind training. eval_on_start cannot be",
+    ),
+    "warm-up to the end": ({"training__warmup_steps": 3}, "training.warmup_steps=3: expected fewer than max_steps=3"),
+    "infinite learning rate": (
+        {"training__learning_rate": float("inf")},
+        "training.learning_rate=inf: expected a finite",
+    ),
+    "learning rate that is no number": ({"training__learning_rate": float("nan")}, "training.learning_rate=nan"),
+    "unknown activation": (
+        {"student__config__hidden_act": "gleu"},
+        "student.config.hidden_act='gleu' is unknown to ViTConfig. Did you mean gelu",
+    ),
     "teacher's option by the back door": (
         {"teacher__training__arguments": {"max_steps": 1}},
         "teacher.training.arguments: max_steps cannot be given here",
@@ -327,6 +356,38 @@ def test_foreign_folder_is_not_written_to(recipe, tmp_path, capsys):
     assert main(["distill", recipe()]) == 2
     assert "--output" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("place", ["/proc/x", "/proc/a/b", "/dev/null/x", "{tmp}/" + "n" * 300, "{tmp}/file/x"])
+def test_output_that_cannot_be_made_is_named_before_any_data_is_read(recipe, tmp_path, capsys, monkeypatch, place):
+    monkeypatch.setattr(ImageClassification, "load_data", lambda *args: pytest.fail("data was read"))
+    (tmp_path / "file").write_text("")
+    place = place.replace("{tmp}", str(tmp_path))
+    path = recipe()
+    before = sorted(tmp_path.iterdir())
+    assert main(["distill", path, "--output", place]) == 2
+    assert f"output={place} cannot be made or written to" in capsys.readouterr().err
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_output_in_folders_that_are_not_there_yet(tmp_path, recipe):
+    """The check before training makes them on trial, and leaves nothing."""
+    new = tmp_path / "a" / "b"
+    check_output(new, load_recipe(recipe()))
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "a").mkdir()
+    check_output(new, load_recipe(recipe()))
+    assert (tmp_path / "a").exists() and not new.exists()
+
+
+def test_a_run_that_was_moved_is_the_same_run(finished, tmp_path):
+    path, output = finished
+    moved = tmp_path / "moved"
+    shutil.copytree(output, moved)
+    files = {p: p.stat().st_mtime_ns for p in moved.glob("students/**/model.safetensors")}
+    assert len(files) == 4
+    assert main(["distill", str(path), "--output", str(moved)]) == 0
+    assert {p: p.stat().st_mtime_ns for p in files} == files, "something was done again"
 
 
 def test_usage(capsys):

@@ -57,9 +57,9 @@ def test_recipes_know_every_objective_and_task():
 
 
 def test_overrides_reach_every_depth():
-    overrides = ["--training.max_steps", "7", "--objectives.attention.weights=joint", "--seeds", "[4, 5]"]
+    overrides = ["--training.max_steps", "70", "--objectives.attention.weights=joint", "--seeds", "[4, 5]"]
     recipe = load_recipe(shipped_recipe("digits"), [*overrides, "--student.config.num_attention_heads", "2"])
-    assert recipe.training.max_steps == 7 and recipe.seeds == [4, 5]
+    assert recipe.training.max_steps == 70 and recipe.seeds == [4, 5]
     assert recipe.arms["distilled"]["attention"].weights == "joint"
     assert recipe.student.config["num_attention_heads"] == 2
     assert recipe.student.config["hidden_size"] == 36, "an override must not drop its neighbours"
@@ -93,6 +93,12 @@ def test_mistakes_are_named_with_key_and_expectation(write, old, new, message):
     assert old in DIGITS
     with pytest.raises(RecipeError, match=message):
         load_recipe(write(DIGITS.replace(old, new, 1)))
+
+
+def test_a_text_in_place_of_a_recipe_is_not_printed_in_full(write):
+    with pytest.raises(RecipeError, match=r"recipe: expected a mapping of options, got 'the cat") as caught:
+        load_recipe(write("the cat sat on the mat. " * 500))
+    assert len(str(caught.value)) < 300
 
 
 def test_missing_file_is_named(tmp_path):

@@ -5,32 +5,70 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
+import random
+import tempfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
 
 from squeezeheads.distillation import Distillation
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.tasks import Splits, Task
+from squeezeheads.tasks.causal import check_causal
 from squeezeheads.tasks.modeling import new_config, similar
 
 TEACHER_SEED = 0
 
-# Options of TrainingArguments that would undo what makes students comparable, or that a run has no use for.
+_EVALUATION = "the run measures its models itself, behind training"
+_BEST = "the run keeps the best student itself, by the validation split"
+_HUB = "the run leaves its models in output; push them from there"
+
+# Options of TrainingArguments that would undo what makes students comparable, or what a stopped run goes on from, or
+# that a run has no use for; with the reason.
 REFUSED = {
-    "num_train_epochs",
-    "resume_from_checkpoint",
-    "eval_strategy",
-    "load_best_model_at_end",
-    "label_smoothing_factor",
-    "push_to_hub",
+    "num_train_epochs": "training.max_steps says how long training is",
+    "resume_from_checkpoint": "a run finds its last checkpoint itself",
+    "save_only_model": "without the optimiser's state a stopped run could not go on as if it had not been stopped",
+    "ignore_data_skip": "a stopped run would see its first data again in place of what is left",
+    "restore_callback_states_from_checkpoint": "callbacks begin anew with each start of a run",
+    "enable_jit_checkpoint": "a run goes on from the checkpoints of every save_every steps",
+    "save_on_each_node": "a run has one process",
+    "auto_find_batch_size": "students would be trained with batches of other sizes: set training.batch_size",
+    "eval_strategy": _EVALUATION,
+    "eval_on_start": _EVALUATION,
+    "eval_steps": _EVALUATION,
+    "eval_delay": _EVALUATION,
+    "eval_accumulation_steps": _EVALUATION,
+    "eval_do_concat_batches": _EVALUATION,
+    "eval_use_gather_object": _EVALUATION,
+    "batch_eval_metrics": _EVALUATION,
+    "include_for_metrics": _EVALUATION,
+    "prediction_loss_only": _EVALUATION,
+    "do_train": "the command says what is done",
+    "do_eval": _EVALUATION,
+    "do_predict": _EVALUATION,
+    "load_best_model_at_end": _BEST,
+    "metric_for_best_model": _BEST,
+    "greater_is_better": _BEST,
+    "label_smoothing_factor": "it would be ignored: the task objective is the model's own loss",
+    "push_to_hub": _HUB,
+    "hub_model_id": _HUB,
+    "hub_strategy": _HUB,
+    "hub_token": _HUB,
+    "hub_private_repo": _HUB,
+    "hub_always_push": _HUB,
+    "hub_revision": _HUB,
 }
+OWN_KEYS = "the run sets it itself, from output, seeds and the keys of training"
 
 
 @dataclass
@@ -61,7 +99,7 @@ class Models:
         if spec.path is not None:
             return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
         set_seed(TEACHER_SEED)
-        return self.task.build(copy.deepcopy(self.teacher_configs[name]), spec.attn_implementation)
+        return self.task.build(copy.deepcopy(self.teacher_configs[name]), spec.attn_implementation, spec.dtype)
 
     def new_student(self, seed: int) -> PreTrainedModel:
         """A student as it is before training: the same for every set of objectives."""
@@ -69,14 +107,14 @@ class Models:
         set_seed(seed)  # a pretrained student too: a head that its checkpoint lacks is drawn at random
         if spec.path is not None:
             return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
-        return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation)
+        return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
 
 
 def _pretrained_config(path: str, key: str) -> Any:
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=False)
     except (OSError, ImportError, ValueError) as error:
-        raise RecipeError(f"{key}={path!r} cannot be loaded: {error}") from error
+        raise RecipeError(f"{key}={path!r} cannot be loaded: {in_short(error)}") from error
 
 
 def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None) -> None:
@@ -87,12 +125,13 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
     """
     mine = json.loads(json.dumps(dump_recipe(recipe)))
     stored = output / "recipe.json"
-    if stored.is_file():
+    if os.path.isfile(stored):  # unlike Path's, false for names that no file can have
         try:
             theirs = json.loads(stored.read_text(encoding="utf-8"))
         except ValueError as error:
             raise RecipeError(f"{stored} is damaged: {error}. Delete the folder, or choose another.") from error
-        different = sorted(_different_keys(mine, theirs))
+        # A run that was moved, or is named by another path, is the same run.
+        different = sorted(key for key in _different_keys(mine, theirs) if key != "output")
         if parts is not None:
             different = [key for key in different if key.split(".")[0] in parts]
         if different:
@@ -100,10 +139,32 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
                 f"output={output} holds a run of another recipe: {', '.join(different)} differ. Choose another folder "
                 "with --output, or delete this one."
             )
-    elif output.exists() and not output.is_dir():
+    elif os.path.exists(output) and not output.is_dir():
         raise RecipeError(f"output={output} is a file: expected a folder, new or of an earlier start of this run.")
-    elif output.exists() and any(output.iterdir()):
+    elif os.path.exists(output) and any(output.iterdir()):
         raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
+    if parts is None:
+        _check_writable(output)
+
+
+def _check_writable(output: Path) -> None:
+    """Whether the folder can be made and written to. Nothing of the trial is left."""
+    made: list[Path] = []
+    try:
+        for folder in (*reversed(output.parents), output):
+            if not folder.exists():
+                folder.mkdir()
+                made.append(folder)
+        with tempfile.TemporaryFile(dir=output):
+            pass
+    except (OSError, ValueError) as error:
+        raise RecipeError(
+            f"output={output} cannot be made or written to: {error}. Choose another folder with --output."
+        ) from error
+    finally:
+        for folder in reversed(made):
+            with suppress(OSError):  # another run has begun to use it
+                folder.rmdir()
 
 
 def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
@@ -114,32 +175,166 @@ def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
         yield key
 
 
+def check_configs(models: Models) -> None:
+    """Whether the models, by their configurations, are for the task's data. Loads no weights.
+
+    Raises:
+        RecipeError: one is not.
+    """
+    for name, config in models.teacher_configs.items():
+        models.task.check_model(config, models.recipe.teacher_key(name))
+    models.task.check_model(models.student_config, "student")
+
+
 def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
-    """One batch through all models, trained or not: what does not fit shows before hours are spent."""
+    """``check_configs``; then the first step of every training in small, and saving: what does not fit shows before
+    hours are spent. Models, gradients and random numbers are as before when it returns.
+
+    Raises:
+        RecipeError: models that the task has no use for, that cannot be compared or trained so, or that do not come
+            back from a file as they were saved.
+    """
+    check_configs(models)
+    with _same_random_numbers():
+        _try_models(models, recipe, splits)
+
+
+def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     task = models.task
-    batch = task.collate([splits.train[index] for index in range(min(4, len(splits.train)))])
+    args = training_arguments(recipe.training, "training", Path(recipe.output), recipe.seeds[0])
+    count = min(4, recipe.training.batch_size, len(splits.train))
+    batch = task.collate([splits.train[index] for index in range(count)])
+    batch = {key: value.to(args.device) for key, value in batch.items()}
     try:
-        teachers: dict[str, nn.Module] = {name: models.new_teacher(name) for name in recipe.named_teachers}
+        teachers: dict[str, PreTrainedModel] = {name: models.new_teacher(name) for name in recipe.named_teachers}
         student = models.new_student(recipe.seeds[0])
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, RecipeError):
             raise
         raise RecipeError(
-            f'a model cannot be loaded or built: {error} Attention is recorded under attn_implementation="sdpa" alone.'
+            f"a model cannot be loaded or built: {in_short(error)} Attention is recorded under "
+            'attn_implementation="sdpa" alone.'
         ) from error
+    _check_saving(task, student, recipe.student.attn_implementation, "student")
     for name, teacher in teachers.items():
-        task.check_model(teacher.config, recipe.teacher_key(name))
-    task.check_model(student.config, "student")
+        spec = recipe.named_teachers[name]
+        if spec.training is not None:
+            _check_saving(task, teacher, spec.attn_implementation, recipe.teacher_key(name))
+    for whose, model in (
+        *((recipe.teacher_key(name), teacher) for name, teacher in teachers.items()),
+        ("student", student),
+    ):
+        model.to(args.device)
+        try:
+            check_causal(model, batch, whose)
+        except FOREIGN as error:
+            if isinstance(error, RecipeError):
+                raise
+            raise RecipeError(f"{whose}: {type(model).__name__} cannot be run: {_told(error)}") from error
     for name, objectives in recipe.arms.items():
         try:
             trial = Distillation(teachers, copy.deepcopy(objectives), rows=task.rows, targets=task.targets)
             trial.prepare(student, [batch])
-            with torch.no_grad():
-                trial(student, batch)
-        except (ValueError, TypeError, RuntimeError) as error:
-            # RuntimeError: recording, or shapes that a model refuses.
+            with _as_in_training(student, args), _autocast([*teachers.values(), student], args):
+                trial(student, batch).loss.backward()
+        except FOREIGN as error:
             where = "objectives" if name == DISTILLED else f"baselines.{name}"
-            raise RecipeError(f"{where}: {error}") from error
+            raise RecipeError(f"{where}: {_told(error)}") from error
+        finally:
+            student.zero_grad(set_to_none=True)
+
+
+# What recording, objectives and models raise where they do not fit: other libraries' models among them.
+FOREIGN = (ValueError, TypeError, RuntimeError, LookupError, AttributeError)
+
+
+def _told(error: Exception) -> str:
+    """The error's words; with its name, where they alone say little."""
+    return str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def _as_in_training(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
+    """Training mode, layers checkpointed where the options say so."""
+    if args.gradient_checkpointing:
+        options = dict(args.gradient_checkpointing_kwargs or {})
+        apart = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable(options or None, **apart)
+    model.train()
+    try:
+        yield
+    finally:
+        model.eval()
+        if args.gradient_checkpointing:
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+
+
+@contextmanager
+def _autocast(models: Sequence[PreTrainedModel], args: TrainingArguments) -> Iterator[None]:
+    """Mixed precision as ``accelerate`` arranges it: within the models' forward passes, and outputs in float32."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    if not (args.bf16 or args.fp16):
+        yield
+        return
+    numbers = torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
+    for model in models:
+        model.forward = convert_outputs_to_fp32(numbers(model.forward))
+    try:
+        yield
+    finally:
+        for model in models:
+            del model.forward
+
+
+SAVED_ON_TRIAL = 500_000_000
+"""Parameters up to which a model is saved and loaded on trial: 2 GB in float32, some seconds."""
+
+
+def _check_saving(task: Task, model: PreTrainedModel, attn_implementation: str, whose: str) -> None:
+    """
+    Raises:
+        RecipeError: a model that cannot be saved, or that comes back with other weights.
+    """
+    if model.num_parameters() > SAVED_ON_TRIAL:
+        return
+    with tempfile.TemporaryDirectory(prefix="squeezeheads-") as folder:
+        try:
+            model.save_pretrained(folder)
+            back = task.load(folder, attn_implementation).state_dict()
+        except OSError as error:
+            raise RecipeError(
+                f"{whose}: cannot be saved on trial in {folder}: {error}. TMPDIR chooses another place."
+            ) from error
+        except Exception as error:  # what saving and loading raise is their own matter
+            raise RecipeError(f"{whose}: {type(model).__name__} cannot be saved: {_told(error)}") from error
+    mine = model.state_dict()
+    other = sorted(
+        name
+        for name in {*mine, *back}
+        if name not in mine or name not in back or not _same(mine[name].to(back[name].dtype), back[name])
+    )
+    if other:
+        raise RecipeError(
+            f"{whose}: {type(model).__name__} does not come back as it was saved: {', '.join(other[:3])} differ."
+        )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    """Afterwards all generators go on as if nothing had been drawn."""
+    python, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy_state)
 
 
 def check_training(recipe: Recipe) -> None:
@@ -179,12 +374,10 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
         "data_seed": seed,
     }
     free = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available()}
-    taken = sorted(set(spec.arguments) & ({*fixed} | REFUSED))
+    taken = sorted(set(spec.arguments) & {*fixed, *REFUSED})
     if taken:
-        raise RecipeError(
-            f"{key}.arguments: {', '.join(taken)} cannot be given here: the run sets it itself or has no use for it. "
-            "Use the recipe's own keys: output, seeds and those of training."
-        )
+        reasons = [f"{name} cannot be given here: {REFUSED.get(name, OWN_KEYS)}." for name in taken]
+        raise RecipeError(f"{key}.arguments: {' '.join(reasons)}")
     known = {f.name for f in dataclasses.fields(TrainingArguments)}
     unknown = sorted(set(spec.arguments) - known)
     if unknown:

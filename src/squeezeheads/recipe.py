@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import glob
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, make_dataclass
@@ -19,7 +20,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import yaml
 
 from squeezeheads.distillation import ONLY
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.objectives import OBJECTIVES, Objective
 from squeezeheads.tasks import TASKS, Task
 
@@ -72,8 +73,14 @@ class TrainingSpec:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
         for name in ("learning_rate", "weight_decay", "max_grad_norm", "warmup_steps"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}={value}: expected a finite number of at least 0.")
+        if self.warmup_steps >= self.max_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps}: expected fewer than max_steps={self.max_steps}, or the peak "
+                "learning rate is never reached."
+            )
 
 
 @dataclass
@@ -88,14 +95,18 @@ class ModelSpec:
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """transformers' attention kernel; attention can be recorded under "sdpa" alone, others serve runs without it."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"
-    """In which numbers a pretrained model is loaded; "auto" is as it was saved. A student that is trained in less than
-    float32 loses small updates: use training.precision instead."""
+    """In which numbers a pretrained model is loaded ("auto": as it was saved) or a new one is made. A student that is
+    trained in less than float32 loses small updates: use training.precision instead."""
 
     def __post_init__(self) -> None:
         if self.path is not None and self.config:
             raise ValueError(
                 f"path={self.path!r} and config are both given: a pretrained model keeps its configuration."
             )
+        if self.path is None and self.dtype == "auto":
+            raise ValueError("dtype='auto' without path: a new model was never saved. Expected float32, for example.")
+        for name in {"dtype", "torch_dtype"} & {*self.config}:
+            raise ValueError(f"config.{name} cannot be given here: use dtype, beside config.")
 
 
 @dataclass
@@ -298,7 +309,7 @@ def _check_mappings(kind: Any, value: Any, key: str) -> None:
     if option is None:
         return
     if not isinstance(value, dict):
-        raise ValueError(f"{key or 'recipe'}: expected a mapping of options, got {value!r}.")
+        raise ValueError(f"{key or 'recipe'}: expected a mapping of options, got {in_short(repr(value), 60)}.")
     hints = {f.name: get_type_hints(option)[f.name] for f in dataclasses.fields(option) if f.init}
     for name, part in value.items():
         where = f"{key}.{name}" if key else str(name)

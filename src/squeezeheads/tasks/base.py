@@ -113,9 +113,11 @@ class Task:
         for batch in DataLoader(samples, **options):  # type: ignore[arg-type]
             yield {key: value.to(device) for key, value in batch.items()}
 
-    def build(self, config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel:
-        """A new model with random weights."""
-        return self.auto_class.from_config(config, attn_implementation=attn_implementation)
+    def build(self, config: PreTrainedConfig, attn_implementation: str, dtype: str = "float32") -> PreTrainedModel:
+        """A new model with random weights, in ``dtype`` whatever the configuration says: that may come from a teacher
+        who was saved in less."""
+        config.dtype = getattr(torch, dtype)
+        return self.auto_class.from_config(config, attn_implementation=attn_implementation, dtype=config.dtype)
 
     def load(self, path: str, attn_implementation: str = "sdpa", dtype: str = "float32") -> PreTrainedModel:
         """A pretrained model from a folder or the hub: safetensors alone, and remote code is never run."""

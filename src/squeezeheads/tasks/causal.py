@@ -6,11 +6,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from squeezeheads.distillation import next_token_targets
-from squeezeheads.errors import RecipeError
+from squeezeheads.distillation import evaluating, next_token_targets
+from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.tasks.base import Pretrained
 from squeezeheads.tasks.tokenization import model_vocabulary
 
@@ -49,7 +49,7 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, pretrained: Pretrained
             try:
                 config = AutoConfig.from_pretrained(path, trust_remote_code=False)
             except (OSError, ValueError, ImportError) as error:
-                raise RecipeError(f"{path} cannot be loaded: {error}") from error
+                raise RecipeError(f"{path} cannot be loaded: {in_short(error)}") from error
             sizes.append(getattr(config.get_text_config(), "vocab_size", 0))
     return max(sizes)
 
@@ -72,6 +72,56 @@ def check_token_model(config: PreTrainedConfig, whose: str, tokenizer: PreTraine
             f"{whose} takes {positions} tokens at most, the task has sequences of up to {length}: shorten them, or "
             "raise max_position_embeddings in a new model's config."
         )
+
+
+PROBE_LENGTH = 16
+
+
+def check_causal(model: PreTrainedModel, batch: Mapping[str, Tensor], whose: str) -> None:
+    """Whether a causal language model (by its class) predicts each token from earlier ones alone. transformers builds
+    BERT and its kin as language models that attend in both directions, unless their configuration says is_decoder.
+
+    The first ``PROBE_LENGTH`` tokens of the batch's first text go through the model, in eval mode, without gradients.
+
+    Raises:
+        RecipeError: it sees later tokens.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return
+    ids = batch["input_ids"][0]
+    if "attention_mask" in batch:
+        ids = ids[batch["attention_mask"][0].bool()]
+    ids = ids[None, :PROBE_LENGTH]
+    if ids.shape[1] > 1 and _sees_later_tokens(model, ids):
+        way_out = "set is_decoder: true in its config" if hasattr(model.config, "is_decoder") else "choose another"
+        raise RecipeError(
+            f"{whose}: {type(model).__name__} sees later tokens, so it would be given the token that it predicts: "
+            f"{way_out}."
+        )
+
+
+def _sees_later_tokens(model: PreTrainedModel, ids: Tensor) -> bool:
+    """Whether any logits but the last depend on the last token."""
+    other = ids.clone()
+    other[:, -1] = (other[:, -1] + 1) % model.config.get_text_config().vocab_size
+    with evaluating(model):
+        with torch.no_grad():
+            one, two = (model(input_ids=i, attention_mask=torch.ones_like(i)).logits[:, :-1] for i in (ids, other))
+        if torch.equal(one, two):
+            return False
+        # Rounding may differ too, where experts are given other numbers of tokens. A gradient that must be 0 is 0.
+        leaves: list[Tensor] = []
+
+        def catch(module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+            leaves.append(output.detach().requires_grad_())
+            return leaves[-1].clone()
+
+        with model.get_input_embeddings().register_forward_hook(catch), torch.enable_grad():
+            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits[:, :-1]
+            gradients = torch.autograd.grad(logits.float().square().sum(), leaves)
+    return any(bool((gradient[:, -1] != 0).any()) for gradient in gradients)
 
 
 def padded(samples: Sequence[Mapping[str, Sequence[int]]], pad_token_id: int) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.tasks.base import Task
 
 if TYPE_CHECKING:
@@ -55,26 +55,101 @@ def new_config(
         try:
             # All at once: what the configuration derives from other keys (head_dim …) follows the changes.
             config = AutoConfig.for_model(model_type, **{**data, **own})
-        except (ValueError, TypeError, ZeroDivisionError) as error:
-            raise RecipeError(f"{key}: {type(known).__name__} refuses these options: {error}") from error
+            type(config)(**config.to_dict())  # as it comes back from a file
+        except Exception as error:  # what a configuration raises is its own matter
+            raise _refused(error, known, changes, key, f"{type(known).__name__} refuses these options") from error
     elif base is not None:
-        config = copy.deepcopy(base)
-        _check_changes(changes, config, key)
-        derived = _head_width(config) == getattr(config, "head_dim", None)
-        for name, value in changes.items():
-            setattr(config, name, value)
-        if derived and "head_dim" not in changes:
-            # A head width that was the model's width over its heads stays that.
-            config.head_dim = _head_width(config)
+        _check_changes(changes, base, key)
+        config = _changed(base, changes, key)
+        _drop_padding_of_texts(config, changes, task.data_config())
     else:
         raise RecipeError(f"{key} names no model_type: expected one, for example {key}.model_type=vit.")
     _check_head_width(config, key)
     try:
         with torch.device("meta"):  # shapes alone: finds what the model refuses, without memory
             task.build(config, "sdpa")
-    except (ValueError, TypeError, RuntimeError, KeyError) as error:
-        raise RecipeError(f"{key}: transformers cannot build {type(config).__name__} so: {error}") from error
+    except Exception as error:  # what a model raises is its own matter
+        raise _refused(error, config, changes, key, f"transformers cannot build {type(config).__name__} so") from error
     return config
+
+
+# Configurations that list something for each layer: what kind it is, whether its positions are rotated …
+_PER_LAYER = re.compile(r"(layer_types|layers_block_type|attention_layers|no_rope_layers|layer_rope_theta|_per_layer)$")
+
+
+def _changed(base: PreTrainedConfig, changes: Mapping[str, Any], key: str) -> PreTrainedConfig:
+    """A configuration made anew from another's keys and the changes to them.
+
+    What the other derived from its keys, the new one derives from its own: head width, lists with an entry a layer.
+    Lists that were a choice are cut to the first layers; a model of more layers needs its own.
+    """
+    config = copy.deepcopy(base)
+    derived = _head_width(config) == getattr(config, "head_dim", None)
+    before = getattr(config, "num_hidden_layers", None)
+    try:
+        for name, value in changes.items():
+            setattr(config, name, value)
+        if derived and "head_dim" not in changes:
+            # A head width that was the model's width over its heads stays that.
+            config.head_dim = _head_width(config)
+        options = config.to_dict()
+        options.pop("dtype", None)  # in which the other was saved
+        after = getattr(config, "num_hidden_layers", None)
+        given = base.to_dict()
+        lists = {
+            name: value
+            for name, value in given.items()
+            if _PER_LAYER.search(name) and isinstance(value, list) and name not in changes and len(value) == before
+        }
+        usual = type(base)(**{name: value for name, value in given.items() if name not in lists})
+        for name, value in lists.items():
+            if value == getattr(usual, name, None):
+                del options[name]
+            elif isinstance(after, int) and after <= len(value):
+                options[name] = value[:after]
+            else:
+                raise RecipeError(
+                    f"{key}.{name} is needed: the teacher lists its own for {before} layers, this model has {after}. "
+                    "Give one entry a layer."
+                )
+        return type(base)(**options)
+    except RecipeError:
+        raise
+    except Exception as error:  # what a configuration raises is its own matter
+        raise _refused(error, base, changes, key, f"{type(base).__name__} refuses these options") from error
+
+
+def _drop_padding_of_texts(config: PreTrainedConfig, changes: Mapping[str, Any], data: Mapping[str, Any]) -> None:
+    """No padding token where the teacher's also begins or ends texts: a new model would hold its embedding at zero,
+    see ``causal.token_config``."""
+    pad = getattr(config, "pad_token_id", None)
+    limits: set[int] = set()
+    for name in ("bos_token_id", "eos_token_id"):
+        for value in (getattr(config, name, None), data.get(name)):
+            limits.update(value if isinstance(value, list) else [] if value is None else [value])
+    if pad in limits and "pad_token_id" not in changes:
+        config.pad_token_id = None
+
+
+def _refused(
+    error: Exception, config: PreTrainedConfig, changes: Mapping[str, Any], key: str, what: str
+) -> RecipeError:
+    """Another library's error, with the keys that it speaks of."""
+    if isinstance(error, KeyError):  # a name that was looked up and not found
+        for name, value in changes.items():
+            if error.args == (value,):
+                from transformers.activations import ACT2FN
+
+                return RecipeError(
+                    f"{key}.{name}={value!r} is unknown to {type(config).__name__}.{similar(str(value), ACT2FN)}"
+                )
+    message = in_short(error)
+    spoken = [
+        f"{key}.{name}={value!r}"
+        for name, value in changes.items()
+        if re.search(rf"\b({re.escape(name)}|{re.escape(config.attribute_map.get(name, name))})\b", message)
+    ]
+    return RecipeError(f"{', '.join(spoken) or key}: {what}: {message or type(error).__name__}")
 
 
 def _check_changes(changes: Mapping[str, Any], config: PreTrainedConfig, key: str) -> None:
