@@ -309,7 +309,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_students(recipe, tmp_path, si
     again = [script, "distill", path, "--output", killed]
     process = subprocess.Popen(again, stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 300
-    while not list(killed.glob(f"work/distilled-0/{sign}")) and time.monotonic() < deadline:
+    while not list(killed.glob(f"work/students/distilled/seed-0/{sign}")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
@@ -399,7 +399,7 @@ def test_ctrl_c_ends_a_run_in_one_line(recipe, tmp_path):
     )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        if list((tmp_path / "run" / "work").glob("*/checkpoint-*")):
+        if list((tmp_path / "run" / "work").rglob("checkpoint-*")):
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

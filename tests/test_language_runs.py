@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from squeezeheads.cli import main
+from squeezeheads.recipe import load_recipe
+from squeezeheads.run import distill
+from squeezeheads.tasks import LanguageModeling
+from squeezeheads.trainer import SqueezeTrainer
 
 LLAMA = {
     "model_type": "llama",
@@ -35,10 +41,15 @@ def texts(tmp_path) -> Path:
     return folder
 
 
-def carry_out(tmp_path: Path, tree: dict) -> Path:
+def write_recipe(tmp_path: Path, tree: dict) -> str:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**tree, "output": str(tmp_path / "run"), "training": BRIEF}, sort_keys=False))
-    assert main(["distill", str(path)]) == 0
+    whole = {"training": BRIEF, "output": str(tmp_path / "run"), **tree}
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return str(path)
+
+
+def carry_out(tmp_path: Path, tree: dict) -> Path:
+    assert main(["distill", write_recipe(tmp_path, tree)]) == 0
     return tmp_path / "run"
 
 
@@ -185,3 +196,81 @@ def test_the_student_of_least_loss_is_kept(tmp_path, texts):
     folders = output / "student", output / "students" / "distilled" / f"seed-{best}"
     kept, source = (load_file(folder / "model.safetensors") for folder in folders)
     assert all((kept[key] == source[key]).all() for key in source)
+
+
+# -- stopped and started again ---------------------------------------------------------------------------------------
+
+
+def small(texts: Path, **changes) -> dict:
+    """A recipe of one teacher, made here, and one student."""
+    tree = {
+        "task": language_task(texts),
+        "teacher": {"config": LLAMA, "training": BRIEF},
+        "student": {"config": STUDENT},
+        "objectives": {"task": {}, "attention": {"calibration_batches": 1}},
+    }
+    return {**tree, **changes}
+
+
+def interrupt(monkeypatch, owner, name: str, call: int) -> None:
+    """The ``call``-th call of a method is a Ctrl-C."""
+    original, calls = getattr(owner, name), []
+
+    def method(*args, **options):
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+def test_stopped_while_it_is_measured_a_student_is_trained_no_further(tmp_path, texts, monkeypatch):
+    training = {**BRIEF, "max_steps": 3, "lr_scheduler": "constant_with_warmup", "learning_rate": 1e-2, "save_every": 2}
+    path = write_recipe(tmp_path, small(texts, training=training))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(["distill", path, "--output", str(whole)]) == 0
+    with monkeypatch.context() as patched:
+        interrupt(patched, LanguageModeling, "score", call=2)  # the first is the teacher's
+        assert main(["distill", path, "--output", str(stopped)]) == 130
+    assert (stopped / "work" / "students" / "distilled" / "seed-0" / "checkpoint-3").is_dir()
+    assert main(["distill", path, "--output", str(stopped)]) == 0
+    folder = Path("students") / "distilled" / "seed-0"
+    a, b = (load_file(output / folder / "model.safetensors") for output in (whole, stopped))
+    assert all((a[key] == b[key]).all() for key in a)
+    a, b = (json.loads((output / folder / "result.json").read_text()) for output in (whole, stopped))
+    assert a["losses"] == b["losses"] and len(a["losses"]) == 3 and a["loss"] == b["loss"]
+
+
+def test_a_teacher_may_be_called_as_a_student_is(tmp_path, texts):
+    """Each training has checkpoints of its own, whatever the names."""
+    teachers = {name: {"config": LLAMA, "training": BRIEF} for name in ("distilled-0", "distilled", "plan")}
+    attention = {"teacher": "distilled-0", "calibration_batches": 1}
+    same = {**LLAMA, "num_hidden_layers": 2}  # a checkpoint of the teacher would fit the student
+    objectives = {"task": {}, "attention": attention}
+    tree = small(texts, teachers=teachers, student={"config": same}, objectives=objectives)
+    del tree["teacher"]
+    output = carry_out(tmp_path, tree)
+    (run,) = json.loads((output / "results.json").read_text())["students"]["distilled"]
+    assert len(run["losses"]) == 2 and run["step_seconds"] and "attention" in run["losses"][0]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_terminal_gets_its_cursor_back(tmp_path, texts, monkeypatch, error):
+    class Fail(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise error
+
+    original = SqueezeTrainer.__init__
+
+    def failing(self, *args, **options):
+        original(self, *args, **options)
+        self.add_callback(Fail())
+
+    monkeypatch.setattr(SqueezeTrainer, "__init__", failing)
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, force_interactive=True)
+    with pytest.raises(error):
+        distill(load_recipe(write_recipe(tmp_path, small(texts))), console)
+    hidden, shown = (written.getvalue().count(f"\x1b[?25{letter}") for letter in "lh")
+    assert hidden == shown > 0

@@ -7,6 +7,7 @@
       students/NAME/seed-N the students, plain checkpoints, each with its result.json
       student/             the best distilled student on the validation split
       results.json, results.md, figures/
+      work/                checkpoints of what is not done: teachers/NAME, students/NAME/seed-N; gone at the end
 
 Each step that is done is marked by its file: started again, a run goes on where it stopped.
 """
@@ -204,8 +205,9 @@ class _Run:
             teacher = self.models.new_teacher(name)
             bar = ProgressBar(name, self.console)
             key = f"{self.recipe.teacher_key(name)}.training"
-            trainer = self._trainer(teacher, {"task": TaskLoss()}, training, TEACHER_SEED, name, bar, key=key)
-            _train(trainer)
+            work = f"teachers/{name}"
+            trainer = self._trainer(teacher, {"task": TaskLoss()}, training, TEACHER_SEED, work, bar, key=key)
+            _train(trainer, bar)
             teacher.save_pretrained(folder)
             self.task.save_companions(folder)
         teacher = self._load_teacher(name, spec)
@@ -255,9 +257,9 @@ class _Run:
             for key, yardstick in self.yardsticks.items():
                 objectives[key].plan_from_json(yardstick.plan_to_json())
         bar = ProgressBar(f"{name} · seed {seed}", self.console)
-        work = f"{folder_name(name)}-{seed}"
+        work = f"students/{folder_name(name)}/seed-{seed}"
         trainer = self._trainer(self.models.new_student(seed), objectives, recipe.training, seed, work, bar)
-        _train(trainer)
+        _train(trainer, bar)
         trainer.model.save_pretrained(folder)
         self.task.save_companions(folder)
         # What is measured is what is kept: mixed precision leaves its mark on the model in memory.
@@ -319,10 +321,11 @@ class _Run:
         return trainer
 
 
-def _train(trainer: SqueezeTrainer) -> None:
+def _train(trainer: SqueezeTrainer, bar: ProgressBar) -> None:
     """From the last checkpoint of a stopped run where there is one."""
     last = last_whole_checkpoint(Path(str(trainer.args.output_dir)))
-    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    with bar:
+        trainer.train(resume_from_checkpoint=None if last is None else str(last))
 
 
 def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> None:
