@@ -373,6 +373,13 @@ def test_a_response_ends_before_its_end_token_and_the_model_keeps_its_mode():
     assert sample(model, max_new_tokens=40)[longest.index(ended)] == ended[:cut], "the model's own ends count too"
 
 
+def test_a_model_that_has_diverged_is_named_before_it_is_sampled_from():
+    model = language_model(2)
+    model.lm_head.weight.data[3, 0] = torch.nan
+    with pytest.raises(RecipeError, match="probabilities are not finite.*diverged"):
+        sample(model)
+
+
 def test_rouge_l_is_that_of_rouge_score_with_the_best_reference():
     predictions = ["The cats were running home", "blue", "", "nothing alike"]
     references = [["dogs bark", "The cat was running", "a cat"], ["Blue."], ["x"], ["y z", "z"]]

@@ -834,10 +834,24 @@ def test_lm_eval_results_by_name(monkeypatch: pytest.MonkeyPatch, tokenizer: Any
         "sample_len": 9,
     }
     results = {"results": {"x": values}, "groups": {"g": {"acc,none": 1}}}
-    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **options: results)
+    drawn = []
+
+    def evaluate(**options: Any) -> Any:
+        random.random(), np.random.rand()
+        if drawn:
+            raise OSError("no such data")
+        drawn.append(options)
+        return results
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
     monkeypatch.setattr(harness, "_manager", lambda folder: None)
+    before = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
     found = run_harness(llama(300), tokenizer, ["x"], None, 2)
     assert found == {"lm_eval/x/acc": 0.5, "lm_eval/x/f1,strict": 0.25, "lm_eval/g/acc": 1.0}
+    with pytest.raises(OSError, match="no such data"):
+        run_harness(llama(300), tokenizer, ["x"], None, 2)
+    after = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+    assert after == before, "what is drawn in measuring, or before an error in it, is not drawn from training"
 
 
 # -- a trained model -------------------------------------------------------------------------------------------------

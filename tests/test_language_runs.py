@@ -14,9 +14,14 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from squeezeheads.cli import main
+from squeezeheads.errors import RecipeError
+from squeezeheads.files import store_json
 from squeezeheads.recipe import load_recipe
-from squeezeheads.run import distill
-from squeezeheads.tasks import LanguageModeling
+from squeezeheads.recording import record_attention
+from squeezeheads.reports.tables import mean_and_spread
+from squeezeheads.run import _keep_best, distill
+from squeezeheads.squeezing import mixing_matrix
+from squeezeheads.tasks import LanguageModeling, Pretrained
 from squeezeheads.trainer import SqueezeTrainer
 
 LLAMA = {
@@ -155,8 +160,7 @@ def test_pretrained_teacher_is_trained_further(tmp_path, texts):
     )
 
 
-def test_requests(tmp_path):
-    """Instruction tuning through the command line: ROUGE-L per seed, rows of responses alone, evaluate agrees."""
+def requests_recipe(tmp_path: Path) -> dict:
     data = tmp_path / "requests.jsonl"
     lines = [{"instruction": f"Say {word}.", "context": "", "response": f"{word} it is"} for word in "abcdefghijklmnop"]
     data.write_text("\n".join(map(json.dumps, lines)))
@@ -164,15 +168,17 @@ def test_requests(tmp_path):
         "train": [str(data)], "validation_share": 0.2, "test_share": 0.2, "vocabulary_size": 300, "max_length": 160,
         "max_prompt_length": 140, "max_new_tokens": 4, "generation_seeds": [1, 2],
     }  # fmt: skip
-    output = carry_out(
-        tmp_path,
-        {
-            "task": {"instruction_tuning": task},
-            "teacher": {"config": {**LLAMA, "max_position_embeddings": 160}, "training": BRIEF},
-            "student": {"config": STUDENT},
-            "objectives": {"task": {}, "logits": {}, "attention": {"calibration_batches": 1}},
-        },
-    )
+    return {
+        "task": {"instruction_tuning": task},
+        "teacher": {"config": {**LLAMA, "max_position_embeddings": 160}, "training": BRIEF},
+        "student": {"config": STUDENT},
+        "objectives": {"task": {}, "logits": {}, "attention": {"calibration_batches": 1}},
+    }
+
+
+def test_requests(tmp_path):
+    """Instruction tuning through the command line: ROUGE-L per seed, rows of responses alone, evaluate agrees."""
+    output = carry_out(tmp_path, requests_recipe(tmp_path))
     (run,) = json.loads((output / "results.json").read_text())["students"]["distilled"]
     assert len(run["rouge_l_seeds"]) == 2 and run["rouge_l"] == pytest.approx(sum(run["rouge_l_seeds"]) / 2)
     assert torch.isfinite(torch.tensor(run["loss"])) and run["attention"] > 0
@@ -274,3 +280,92 @@ def test_the_terminal_gets_its_cursor_back(tmp_path, texts, monkeypatch, error):
         distill(load_recipe(write_recipe(tmp_path, small(texts))), console)
     hidden, shown = (written.getvalue().count(f"\x1b[?25{letter}") for letter in "lh")
     assert hidden == shown > 0
+
+
+# -- training that diverges ------------------------------------------------------------------------------------------
+
+WILD = {**BRIEF, "max_steps": 6, "learning_rate": 1e30, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("log_every", [2, 50])
+def test_a_student_that_diverges_stops_the_run(tmp_path, texts, capsys, log_every):
+    """Shown where it is logged first, at the latest at the end."""
+    path = write_recipe(tmp_path, small(texts, training={**WILD, "log_every": log_every}, seeds=[3]))
+    for _ in range(2):  # a second start does not take what the first left for a student
+        assert main(["distill", path]) == 2
+        answer = capsys.readouterr().err
+        assert "distilled, seed 3: the loss (task" in answer or log_every == 50
+        step = int(answer.split("not finite at step ")[1].split(":")[0])
+        assert step <= 4 if log_every == 2 else step == 6
+        assert "training.learning_rate" in answer and "training.max_grad_norm" in answer and "Traceback" not in answer
+        assert not (tmp_path / "run" / "student").exists() and not (tmp_path / "run" / "results.json").exists()
+        assert not list((tmp_path / "run" / "students").rglob("result.json"))
+
+
+def test_weights_that_diverge_in_the_last_step_are_found(tmp_path, texts, capsys, monkeypatch):
+    class Spoil(TrainerCallback):
+        def on_train_end(self, args, state, control, model, **_):
+            model.lm_head.weight.data[0, 0] = torch.inf
+
+    original = SqueezeTrainer.__init__
+
+    def spoiling(self, *args, **options):
+        original(self, *args, **options)
+        self.add_callback(Spoil())
+
+    monkeypatch.setattr(SqueezeTrainer, "__init__", spoiling)
+    assert main(["distill", write_recipe(tmp_path, small(texts))]) == 2
+    assert "teacher teacher: its weights are not finite at step 2" in capsys.readouterr().err
+
+
+def test_a_finite_student_is_better_than_one_that_is_not(tmp_path):
+    for seed in range(3):
+        (tmp_path / "students" / "distilled" / f"seed-{seed}").mkdir(parents=True)
+        (tmp_path / "students" / "distilled" / f"seed-{seed}" / "config.json").write_text(str(seed))
+    losses = [float("nan"), 3.0, None]
+    runs = [{"seed": seed, "validation": {"loss": loss}} for seed, loss in enumerate(losses)]
+    task = LanguageModeling(["stdlib"])
+    _keep_best({"students": {"distilled": runs}}, task, tmp_path)
+    assert (tmp_path / "student" / "config.json").read_text() == "1"
+    with pytest.raises(RecipeError, match="loss of no distilled student is finite"):
+        _keep_best({"students": {"distilled": runs[::2]}}, task, tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_null_in_files_and_words_in_tables(tmp_path):
+    value = {"a": [float("nan"), 1.5, float("inf")], "b": {"c": float("-inf"), "d": "x", "e": 3, "f": None}}
+    store_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
+        "a": [None, 1.5, None],
+        "b": {"c": None, "d": "x", "e": 3, "f": None},
+    }
+    assert mean_and_spread([1.0, 2.0]) == "1.500 ± 0.707"
+    assert mean_and_spread([1.0, None]) == mean_and_spread([float("nan")]) == "not finite"
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_show_the_weights_that_were_trained_by(tmp_path, monkeypatch):
+    """Requests: prompt rows count neither in training nor in the picture."""
+    shown = []
+
+    def watched(record, groups, **options):
+        mix = mixing_matrix(record, groups, **options)
+        shown.append((record, groups, mix))
+        return mix
+
+    monkeypatch.setattr("squeezeheads.reports.figures.mixing_matrix", watched)
+    output = carry_out(tmp_path, requests_recipe(tmp_path))
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"))
+    task = recipe.chosen_task
+    splits = task.load_data(Pretrained({"teacher": None}))
+    batch = task.collate(splits.test[:8])
+    teacher = AutoModelForCausalLM.from_pretrained(output / "teacher", attn_implementation="sdpa")
+    with torch.no_grad(), record_attention(teacher) as taught:
+        teacher(**{key: value for key, value in batch.items() if key != "labels"})
+    (layer,) = json.loads((output / "plan.json").read_text())["attention"]
+    ((record, groups, mix),) = shown
+    assert [list(group) for group in groups] == layer["groups"]
+    expected = mixing_matrix(taught[layer["teacher_position"]], groups, rows=task.rows(batch))
+    torch.testing.assert_close(mix, expected)
+    assert not torch.allclose(mix, mixing_matrix(record, groups), atol=1e-4), "the check can fail"

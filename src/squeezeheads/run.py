@@ -15,7 +15,9 @@ Each step that is done is marked by its file: started again, a run goes on where
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
+import math
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -25,11 +27,11 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import PreTrainedModel, PrinterCallback
+from transformers import PreTrainedModel, PrinterCallback, TrainerCallback, TrainerState
 
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation import attention_fidelity
-from squeezeheads.files import store_json
+from squeezeheads.files import finite, store_json
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import (
     TEACHER_SEED,
@@ -59,7 +61,8 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         What ``results.json`` holds.
 
     Raises:
-        RecipeError: anything about the recipe that cannot work; found before any training.
+        RecipeError: anything about the recipe that cannot work; found before any training. A training whose loss is not
+            finite.
     """
     console = console or Console()
     output = Path(recipe.output)
@@ -207,7 +210,7 @@ class _Run:
             key = f"{self.recipe.teacher_key(name)}.training"
             work = f"teachers/{name}"
             trainer = self._trainer(teacher, {"task": TaskLoss()}, training, TEACHER_SEED, work, bar, key=key)
-            _train(trainer, bar)
+            _train(trainer, bar, f"teacher {name}", key)
             teacher.save_pretrained(folder)
             self.task.save_companions(folder)
         teacher = self._load_teacher(name, spec)
@@ -259,7 +262,7 @@ class _Run:
         bar = ProgressBar(f"{name} · seed {seed}", self.console)
         work = f"students/{folder_name(name)}/seed-{seed}"
         trainer = self._trainer(self.models.new_student(seed), objectives, recipe.training, seed, work, bar)
-        _train(trainer, bar)
+        _train(trainer, bar, f"{name}, seed {seed}", "training")
         trainer.model.save_pretrained(folder)
         self.task.save_companions(folder)
         # What is measured is what is kept: mixed precision leaves its mark on the model in memory.
@@ -279,6 +282,7 @@ class _Run:
             result["attention"] = attention_fidelity(
                 student, self.teachers, self.yardsticks, batches, rows=self.task.rows
             )
+        result = finite(result)  # as a later start reads it
         store_json(done, result)
         shutil.rmtree(self.output / "work" / work, ignore_errors=True)
         return result
@@ -294,7 +298,7 @@ class _Run:
         for name, objective in self.yardsticks.items():
             folder = self.output / "figures" if len(self.yardsticks) == 1 else self.output / "figures" / name
             teacher = self.teachers[objective.teacher or next(iter(self.teachers))]
-            attention_figures(student, teacher, objective, inputs, folder)
+            attention_figures(student, teacher, objective, inputs, folder, rows=self.task.rows(batch))
 
     def _trainer(
         self,
@@ -306,6 +310,9 @@ class _Run:
         bar: ProgressBar | None = None,
         key: str = "training",
     ) -> SqueezeTrainer:
+        # transformers' filter would show a loss that is not finite as the mean of others, and wait for the device at
+        # each step to do so.
+        spec = dataclasses.replace(spec, arguments={"logging_nan_inf_filter": False, **spec.arguments})
         trainer = SqueezeTrainer(
             model=model,
             teacher=self.teachers if any(o.needs for o in objectives.values()) else None,
@@ -321,16 +328,54 @@ class _Run:
         return trainer
 
 
-def _train(trainer: SqueezeTrainer, bar: ProgressBar) -> None:
-    """From the last checkpoint of a stopped run where there is one."""
+def _train(trainer: SqueezeTrainer, bar: ProgressBar, whose: str, key: str) -> None:
+    """From the last checkpoint of a stopped run where there is one.
+
+    Raises:
+        RecipeError: a loss that is not finite when it is logged, or such weights at the end.
+    """
     last = last_whole_checkpoint(Path(str(trainer.args.output_dir)))
+    trainer.add_callback(_StopDiverged(whose, key, list(trainer.distillation.objectives)))
     with bar:
         trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    if not all(bool(torch.isfinite(p).all()) for p in trainer.model.parameters()):
+        raise _diverged(whose, key, trainer.state.global_step, "its weights are")
+
+
+class _StopDiverged(TrainerCallback):
+    """Ends a training whose loss is not finite. It looks at what is logged: that is on the host already."""
+
+    def __init__(self, whose: str, key: str, objectives: list[str]) -> None:
+        self.whose = whose
+        self.key = key
+        self.looked_at = ["loss", "train_loss", *objectives]  # the second is logged once, at the end
+
+    def on_log(
+        self, args: Any, state: TrainerState, control: Any, logs: dict[str, float] | None = None, **_: Any
+    ) -> None:
+        amiss = [name for name in self.looked_at if not math.isfinite((logs or {}).get(name, 0.0))]
+        if amiss:
+            named = [name for name in amiss if name in self.looked_at[2:]]
+            what = f"the loss ({', '.join(named)}) is" if named else "the loss is"
+            raise _diverged(self.whose, self.key, state.global_step, what)
+
+
+def _diverged(whose: str, key: str, step: int, what: str) -> RecipeError:
+    return RecipeError(
+        f"{whose}: {what} not finite at step {step}: the training has diverged. Lower {key}.learning_rate, clip "
+        f"with {key}.max_grad_norm, raise {key}.warmup_steps, or lower the weight of an objective that grows; "
+        f"{key}.precision=fp32 rules out overflow. Start in another folder with --output, or delete this one."
+    )
 
 
 def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> None:
     """Copy the distilled student that does best on the validation split to ``student/``."""
-    runs = results["students"][DISTILLED]
+    runs = [run for run in results["students"][DISTILLED] if finite(run["validation"][task.selection]) is not None]
+    if not runs:
+        raise RecipeError(
+            f"validation: {task.selection} of no distilled student is finite, so none is the best. Look at their "
+            f"result.json under {output / 'students'}; a lower training.learning_rate may help."
+        )
     sign = -1 if task.selection_is_loss else 1
     best = max(runs, key=lambda run: sign * run["validation"][task.selection])
     source = output / "students" / folder_name(DISTILLED) / f"seed-{best['seed']}"
