@@ -6,6 +6,7 @@ import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -19,9 +20,10 @@ from squeezeheads.files import store_json
 from squeezeheads.recipe import load_recipe
 from squeezeheads.recording import record_attention
 from squeezeheads.reports.tables import mean_and_spread
-from squeezeheads.run import _keep_best, distill
+from squeezeheads.run import _keep_best, _Run, distill
 from squeezeheads.squeezing import mixing_matrix
 from squeezeheads.tasks import LanguageModeling, Pretrained
+from squeezeheads.tasks.tokenization import train_byte_bpe
 from squeezeheads.trainer import SqueezeTrainer
 
 LLAMA = {
@@ -280,6 +282,65 @@ def test_the_terminal_gets_its_cursor_back(tmp_path, texts, monkeypatch, error):
         distill(load_recipe(write_recipe(tmp_path, small(texts))), console)
     hidden, shown = (written.getvalue().count(f"\x1b[?25{letter}") for letter in "lh")
     assert hidden == shown > 0
+
+
+def test_a_new_tokenizer_is_learned_once(tmp_path, texts, monkeypatch, capsys):
+    """Started again on changed texts the run would go on with other tokens than its teacher's: it is refused."""
+    path = write_recipe(tmp_path, small(texts))
+    with monkeypatch.context() as patched:
+        interrupt(patched, _Run, "make_plan", call=1)
+        assert main(["distill", path]) == 130
+    output = tmp_path / "run"
+    kept = (output / "tokenizer" / "tokenizer.json").read_bytes()
+    (texts / "more.txt").write_text("zzzqq xxyyq wwvvq " * 300)
+    for command in ("distill", "evaluate"):
+        model = ["--model", str(output / "teacher")] if command == "evaluate" else []
+        assert main([command, path, *model]) == 2
+        answer = capsys.readouterr().err
+        assert "the train split is not the one" in answer and "--output" in answer
+    (texts / "more.txt").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("squeezeheads.tasks.tokenization.train_byte_bpe", lambda *_: pytest.fail("learned anew"))
+        assert main(["distill", path]) == 0
+        assert main(["evaluate", path]) == 0
+    assert (output / "tokenizer" / "tokenizer.json").read_bytes() == kept
+    assert json.loads((output / "data.json").read_text()).keys() == {"train", "validation", "test"}
+
+
+def test_models_of_other_tokens_are_refused(tmp_path, texts, capsys):
+    """The same number of tokens, but others: a loss over them would be a number without meaning."""
+    output = carry_out(tmp_path, small(texts))
+    size = len(AutoTokenizer.from_pretrained(output / "student"))
+    strange = train_byte_bpe(["zebra quick foxes jump lazily vex wizard jolt pyjamas " * 9], size)
+    assert len(strange) == size
+    strange.save_pretrained(output / "teacher")
+    path = str(tmp_path / "recipe.yaml")
+    assert main(["evaluate", path]) == 2
+    assert "the teacher teacher that the run left" in capsys.readouterr().err
+    strange.save_pretrained(output / "student")
+    assert main(["evaluate", path]) == 2
+    answer = capsys.readouterr().err
+    assert f"the task's data and the model ({output / 'student'}) do not share tokens" in answer
+    (output / "students" / "distilled" / "seed-0" / "result.json").unlink()
+    assert main(["distill", path]) == 2
+    assert "the teacher teacher that the run left" in capsys.readouterr().err
+
+
+def test_fingerprints_tell_samples_apart():
+    """Whatever a sample holds, in whatever order."""
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    sample = {"ids": [1, 2], "text": "ä", "tensor": torch.ones(2, dtype=torch.bfloat16), "image": image, "parts": [[1]]}
+    task = LanguageModeling(["stdlib"])
+    first = task.fingerprint([sample, sample])
+    assert first == task.fingerprint([dict(reversed(sample.items())), sample]) and len(first) == 64
+    others = [
+        {**sample, "ids": [1, 3]}, {**sample, "text": "a"}, {**sample, "parts": [1]},
+        {**sample, "tensor": torch.ones(2)},
+        {**sample, "image": image + 1}, {**sample, "tensor": torch.ones(1, 2, dtype=torch.bfloat16)},
+    ]  # fmt: skip
+    assert len({first, task.fingerprint([sample]), *(task.fingerprint([sample, o]) for o in others)}) == 8
+    with pytest.raises(TypeError, match="a sample holds a object"):
+        task.fingerprint([{"x": object()}])
 
 
 # -- training that diverges ------------------------------------------------------------------------------------------

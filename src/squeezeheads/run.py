@@ -2,6 +2,8 @@
 
     output/
       recipe.json          the recipe, defaults included
+      tokenizer/           the tokenizer, if it was learned here
+      data.json            number and SHA-256 of each split's samples: later starts must find the same
       teacher/             result.json, and the teacher if it was trained here; with several teachers/NAME
       plan.json            which layers and heads go together, by objective
       students/NAME/seed-N the students, plain checkpoints, each with its result.json
@@ -42,12 +44,17 @@ from squeezeheads.preflight import (
     training_arguments,
 )
 from squeezeheads.recipe import DISTILLED, Recipe, TeacherSpec, TrainingSpec, dump_recipe, folder_name
-from squeezeheads.recording import record_attention
+from squeezeheads.recording import RecordingError, record_attention
 from squeezeheads.reports.figures import attention_figures
 from squeezeheads.reports.progress import ProgressBar
 from squeezeheads.reports.tables import plan_table, result_markdown, result_table
 from squeezeheads.tasks import Pretrained, Splits, Task
 from squeezeheads.trainer import SqueezeTrainer, last_whole_checkpoint
+
+DATA_FILE = "data.json"
+"""Fingerprints of the splits."""
+MADE = "tokenizer"
+"""Folder of what a task made out of its data."""
 
 
 def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
@@ -68,10 +75,13 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     output = Path(recipe.output)
     check_output(output, recipe)
     check_training(recipe)
-    models, splits = _models_and_data(recipe)
+    models, splits = _models_and_data(recipe, console)
+    prints = _check_data(models.task, splits, output)
     check_models(models, recipe, splits)
     output.mkdir(parents=True, exist_ok=True)
     store_json(output / "recipe.json", dump_recipe(recipe))
+    _keep_made(models.task, output)
+    store_json(output / DATA_FILE, prints)
 
     run = _Run(models, splits, output, console)
     run.train_teachers()
@@ -99,34 +109,41 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     return results
 
 
-def evaluate(recipe: Recipe, model_path: str | None = None) -> dict[str, Any]:
+def evaluate(recipe: Recipe, model_path: str | None = None, console: Console | None = None) -> dict[str, Any]:
     """Metrics of a saved model on the recipe's test split.
 
     Args:
         model_path: folder or hub name; by default the student that the recipe's run left.
+        console: where notices about the data are shown; standard error by default.
 
     Returns:
         The task's metrics; and ``attention``, nats per row and head, where the run left a teacher and a plan.
 
     Raises:
-        RecipeError: a recipe that could not be run, or no such model.
+        RecipeError: no such model, one that does not fit the data, a run of another recipe or on other data.
     """
     path = Path(model_path) if model_path is not None else Path(recipe.output) / "student"
     if model_path is None and not (path / "config.json").is_file():
         raise RecipeError(f"{path}: no student there. Run `squeezeheads distill` first, or name a model with --model.")
     if model_path is not None and path.exists() and not (path / "config.json").is_file():
         raise RecipeError(f"{path}: no model there (no config.json). Expected a folder that save_pretrained wrote.")
-    models, splits = _models_and_data(recipe)
-    task = models.task
-    check_models(models, recipe, splits)
     output = Path(recipe.output)
-    if (output / "recipe.json").is_file():
+    ran = (output / "recipe.json").is_file()
+    if ran:
         # Another split would hold samples that the run's students were trained on, other groups another yardstick.
         check_output(output, recipe, parts=("task", "teacher", "teachers", "student", "objectives"))
+    device = training_arguments(recipe.training, "training", output, recipe.seeds[0]).device
+    models, splits = _models_and_data(recipe, console or Console(stderr=True))
+    task = models.task
+    if ran:
+        _check_data(task, splits, output)
     try:
-        model = task.load(str(path), recipe.student.attn_implementation)
-        task.check_model(model.config, "it")
+        task.check_companions(str(path), f"the model ({path})")
+        model = task.load(str(path), recipe.student.attn_implementation).to(device)
+        task.check_model(model.config, f"the model ({path})")
         metrics = task.measure(model, splits.test, recipe.training.batch_size)
+    except RecipeError:
+        raise
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise RecipeError(f"{path}: cannot be loaded, or does not fit the recipe's data: {error}") from error
     yardsticks = _attention_objectives(recipe)
@@ -134,26 +151,62 @@ def evaluate(recipe: Recipe, model_path: str | None = None) -> dict[str, Any]:
         plans = json.loads((output / "plan.json").read_text(encoding="utf-8"))
         for name, objective in yardsticks.items():
             objective.plan_from_json(plans[name])
-        batches = list(task.batches(splits.test, recipe.training.batch_size, model.device))
-        if all(_fits_plan(model, objective, batches[0]) for objective in yardsticks.values()):
+        first = next(iter(task.batches(splits.test, recipe.training.batch_size, device)))
+        if all(_fits_plan(model, objective, first) for objective in yardsticks.values()):
             run = _Run(models, splits, output, Console())
-            run.load_teachers(model.device)
+            run.load_teachers(device)
+            batches = task.batches(splits.test, recipe.training.batch_size, device)
             metrics["attention"] = attention_fidelity(model, run.teachers, yardsticks, batches, rows=task.rows)
     return metrics
 
 
-def _models_and_data(recipe: Recipe) -> tuple[Models, Splits]:
+def _models_and_data(recipe: Recipe, console: Console) -> tuple[Models, Splits]:
     """The data first: it fixes what new models are made for."""
     task = recipe.chosen_task
     paths = {name: spec.path for name, spec in recipe.named_teachers.items()}
-    splits = task.load_data(Pretrained(paths, recipe.student.path))
+    made = Path(recipe.output) / MADE
+    splits = task.load_data(Pretrained(paths, recipe.student.path, str(made) if made.is_dir() else None))
+    for notice in splits.notices:
+        console.print(notice, markup=False, highlight=False, soft_wrap=True)
     return Models(task, recipe), splits
 
 
+def _check_data(task: Task, splits: Splits, output: Path) -> dict[str, dict[str, Any]]:
+    """Whether the splits are those of the run in ``output``, where there is one; returns their fingerprints."""
+    mine = {
+        name: {"samples": len(samples), "sha256": task.fingerprint(samples)}
+        for name, samples in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
+    }
+    stored = output / DATA_FILE
+    theirs = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else mine
+    for name, now in mine.items():
+        if theirs.get(name) != now:
+            before = theirs.get(name, {}).get("samples", 0)
+            raise RecipeError(
+                f"the {name} split is not the one that the run in output={output} was started with ({now['samples']} "
+                f"samples now, {before} then): its models have learned from, and were measured on, other data. Restore "
+                "the files, choose another folder with --output, or delete this one."
+            )
+    return mine
+
+
+def _keep_made(task: Task, output: Path) -> None:
+    """Once, and in one move."""
+    part, kept = output / f"{MADE}.part", output / MADE
+    if not kept.is_dir():
+        shutil.rmtree(part, ignore_errors=True)
+        task.save_made(part)
+        if part.is_dir():
+            part.rename(kept)
+
+
 def _fits_plan(model: PreTrainedModel, objective: SqueezedHeads, batch: dict[str, Any]) -> bool:
-    """Whether the plan was made for a student of these layers and heads."""
-    with torch.no_grad(), record_attention(model) as recording:
-        model(**{key: value for key, value in batch.items() if key != "labels"})
+    """Whether the plan was made for a student of these layers and heads; one that cannot be recorded is none."""
+    try:
+        with torch.no_grad(), record_attention(model) as recording:
+            model(**{key: value for key, value in batch.items() if key != "labels"})
+    except RecordingError:
+        return False
     mine = {position: (record.name, record.num_heads) for position, record in enumerate(recording)}
     return all(mine.get(layer.student_position) == (layer.student_layer, len(layer.groups)) for layer in objective.plan)
 
@@ -224,6 +277,8 @@ class _Run:
     def _load_teacher(self, name: str, spec: TeacherSpec) -> PreTrainedModel:
         trained_here = spec.path is None or spec.training is not None
         path = str(self.teacher_folder(name)) if trained_here else str(spec.path)
+        if trained_here:  # the others are checked with the data
+            self.task.check_companions(path, f"the teacher {name} that the run left ({path})")
         return self.task.load(path, spec.attn_implementation, spec.dtype)
 
     def make_plan(self) -> None:

@@ -20,7 +20,13 @@ from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.causal import check_token_model, mean_token_loss, padded, shared_vocabulary, token_config
 from squeezeheads.tasks.instructions import Request, alpaca_text, chat_text, read_requests
 from squeezeheads.tasks.text import hold_out
-from squeezeheads.tasks.tokenization import SMALLEST_VOCABULARY, choose_tokenizer, encode_texts
+from squeezeheads.tasks.tokenization import (
+    SMALLEST_VOCABULARY,
+    check_model_tokens,
+    choose_tokenizer,
+    encode_texts,
+    makes_tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -125,6 +131,7 @@ class InstructionTuning(Task):
         self._tokenizer = choose_tokenizer(
             self.tokenizer, pretrained, lambda: self._texts(parts["train"]), self.vocabulary_size
         )
+        self._makes_tokenizer = makes_tokenizer(self.tokenizer, pretrained)
         self._vocabulary = shared_vocabulary(self._tokenizer, pretrained)
         if self.format == "chat" and not self._tokenizer.chat_template:
             raise RecipeError(
@@ -195,6 +202,15 @@ class InstructionTuning(Task):
     def save_companions(self, folder: Path) -> None:
         """The tokenizer."""
         self._tokenizer.save_pretrained(str(folder))
+
+    def check_companions(self, path: str, whose: str) -> None:
+        """The model's tokenizer numbers the same tokens alike."""
+        check_model_tokens(self._tokenizer, self.tokenizer, path, whose)
+
+    def save_made(self, folder: Path) -> None:
+        """A new tokenizer."""
+        if self._makes_tokenizer:
+            self._tokenizer.save_pretrained(str(folder))
 
     def _requests(self) -> dict[str, list[Request]]:
         """Requests by split. What is held out does not depend on the tokenizer."""

@@ -18,7 +18,14 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.causal import check_token_model, mean_token_loss, shared_vocabulary, token_config
 from squeezeheads.tasks.text import TextSource, find_files, hold_out, refuse_overlap, take
-from squeezeheads.tasks.tokenization import SMALLEST_VOCABULARY, choose_tokenizer, encode_texts, token_bytes
+from squeezeheads.tasks.tokenization import (
+    SMALLEST_VOCABULARY,
+    check_model_tokens,
+    choose_tokenizer,
+    encode_texts,
+    makes_tokenizer,
+    token_bytes,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -150,6 +157,7 @@ class LanguageModeling(Task):
         """Blocks of ``block_size`` tokens, from ``pack``."""
         texts = self._texts()
         self._tokenizer = choose_tokenizer(self.tokenizer, pretrained, lambda: texts["train"], self.vocabulary_size)
+        self._makes_tokenizer = makes_tokenizer(self.tokenizer, pretrained)
         self._vocabulary = shared_vocabulary(self._tokenizer, pretrained)
         self._token_bytes = token_bytes(self._tokenizer)
         self._pairs = self._read_pairs()
@@ -245,6 +253,19 @@ class LanguageModeling(Task):
             metrics.update(run_harness(model, self._tokenizer, self.lm_eval_tasks, self.lm_eval_folder, batch_size))
         return metrics
 
+    def fingerprint(self, samples: Sequence[Mapping[str, Any]]) -> str:
+        """SHA-256 of the split's tokens."""
+        return super().fingerprint([{"tokens": samples.tokens}] if isinstance(samples, Blocks) else samples)
+
     def save_companions(self, folder: Path) -> None:
         """The tokenizer."""
         self._tokenizer.save_pretrained(folder)
+
+    def check_companions(self, path: str, whose: str) -> None:
+        """The model's tokenizer numbers the same tokens alike."""
+        check_model_tokens(self._tokenizer, self.tokenizer, path, whose)
+
+    def save_made(self, folder: Path) -> None:
+        """A new tokenizer."""
+        if self._makes_tokenizer:
+            self._tokenizer.save_pretrained(str(folder))
