@@ -343,6 +343,19 @@ def test_fingerprints_tell_samples_apart():
         task.fingerprint([{"x": object()}])
 
 
+def test_notices_are_plain_lines_and_no_part_of_what_evaluate_prints(tmp_path, capsys):
+    tree = requests_recipe(tmp_path)
+    with (tmp_path / "requests.jsonl").open("a") as data:
+        data.write('\n{"instruction": "Say nothing.", "output": ""}')
+    carry_out(tmp_path, tree)
+    line = "train: of 17 requests 1 left out, they have no response."
+    answer = capsys.readouterr()
+    assert line in answer.out.splitlines() and "Warning" not in answer.out + answer.err
+    assert main(["evaluate", str(tmp_path / "recipe.yaml")]) == 0
+    answer = capsys.readouterr()
+    assert json.loads(answer.out)["rouge_l"] >= 0 and line in answer.err.splitlines()
+
+
 # -- training that diverges ------------------------------------------------------------------------------------------
 
 WILD = {**BRIEF, "max_steps": 6, "learning_rate": 1e30, "max_grad_norm": 0.0}
@@ -416,7 +429,9 @@ def test_pictures_show_the_weights_that_were_trained_by(tmp_path, monkeypatch):
         return mix
 
     monkeypatch.setattr("squeezeheads.reports.figures.mixing_matrix", watched)
-    output = carry_out(tmp_path, requests_recipe(tmp_path))
+    tree = requests_recipe(tmp_path)
+    tree["student"] = {"config": {**STUDENT, "num_hidden_layers": 2}}
+    output = carry_out(tmp_path, tree)
     recipe = load_recipe(str(tmp_path / "recipe.yaml"))
     task = recipe.chosen_task
     splits = task.load_data(Pretrained({"teacher": None}))
@@ -424,9 +439,10 @@ def test_pictures_show_the_weights_that_were_trained_by(tmp_path, monkeypatch):
     teacher = AutoModelForCausalLM.from_pretrained(output / "teacher", attn_implementation="sdpa")
     with torch.no_grad(), record_attention(teacher) as taught:
         teacher(**{key: value for key, value in batch.items() if key != "labels"})
-    (layer,) = json.loads((output / "plan.json").read_text())["attention"]
-    ((record, groups, mix),) = shown
-    assert [list(group) for group in groups] == layer["groups"]
-    expected = mixing_matrix(taught[layer["teacher_position"]], groups, rows=task.rows(batch))
-    torch.testing.assert_close(mix, expected)
-    assert not torch.allclose(mix, mixing_matrix(record, groups), atol=1e-4), "the check can fail"
+    plan = json.loads((output / "plan.json").read_text())["attention"]
+    assert len(plan) == len(shown) == 2
+    for layer, (record, groups, mix) in zip(plan, shown, strict=True):
+        assert [list(group) for group in groups] == layer["groups"]
+        expected = mixing_matrix(taught[layer["teacher_position"]], groups, rows=task.rows(batch))
+        torch.testing.assert_close(mix, expected)
+        assert not torch.allclose(mix, mixing_matrix(record, groups), atol=1e-4), "the check can fail"

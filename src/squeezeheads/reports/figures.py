@@ -57,12 +57,12 @@ def attention_figures(
         order = [head for group in layer.groups for head in group]
         below = [sum(map(len, layer.groups[:s])) for s in range(len(layer.groups))]  # column of a group's first head
         squeezed = torch.einsum("st,tqk->sqk", mix.float(), teacher_maps)
-        rows = [
+        lines = [
             _Row("teacher", teacher_maps[order], [f"head {head}" for head in order], list(range(len(order)))),
             _Row("squeezed", squeezed, [_sum_of(mix[s], group) for s, group in enumerate(layer.groups)], below),
             _Row("student", student_maps, [f"head {s}" for s in range(len(layer.groups))], below),
         ]
-        figure = _draw(plt, rows)
+        figure = _draw(plt, lines)
         figure.suptitle(f"student {layer.student_layer}  ←  teacher {layer.teacher_layer}", fontsize=10)
         path = folder / f"layer-{layer.student_position}.png"
         figure.savefig(path, dpi=110)
