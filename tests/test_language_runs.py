@@ -413,7 +413,7 @@ def test_numbers_that_are_not_finite_are_null_in_files_and_words_in_tables(tmp_p
         "b": {"c": None, "d": "x", "e": 3, "f": None},
     }
     assert mean_and_spread([1.0, 2.0]) == "1.500 ± 0.707"
-    assert mean_and_spread([1.0, None]) == mean_and_spread([float("nan")]) == "not finite"
+    assert mean_and_spread([1.0, None]) == mean_and_spread([float("nan")]) == "n/a"
 
 
 # -- pictures --------------------------------------------------------------------------------------------------------

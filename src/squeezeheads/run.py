@@ -164,8 +164,9 @@ def _models_and_data(recipe: Recipe, console: Console) -> tuple[Models, Splits]:
     """The data first: it fixes what new models are made for."""
     task = recipe.chosen_task
     paths = {name: spec.path for name, spec in recipe.named_teachers.items()}
-    made = Path(recipe.output) / MADE
-    splits = task.load_data(Pretrained(paths, recipe.student.path, str(made) if made.is_dir() else None))
+    output = Path(recipe.output)
+    made = output / MADE if (output / "recipe.json").is_file() and (output / MADE).is_dir() else None
+    splits = task.load_data(Pretrained(paths, recipe.student.path, None if made is None else str(made)))
     for notice in splits.notices:
         console.print(notice, markup=False, highlight=False, soft_wrap=True)
     return Models(task, recipe), splits

@@ -11,11 +11,11 @@ from rich.table import Table
 
 
 def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
-    """``mean ± standard deviation`` (n − 1), the spread only where there is one; "not finite" where a value is not, or
-    is ``None``, as JSON holds it."""
+    """``mean ± standard deviation`` (n − 1), the spread only where there is one; "n/a" where a value is not finite, or
+    ``None``, as JSON holds that."""
     known = [value for value in values if value is not None and math.isfinite(value)]
     if len(known) < len(values):
-        return "not finite"
+        return "n/a"
     values = known
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
