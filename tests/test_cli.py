@@ -250,14 +250,57 @@ def test_evaluate_refuses_models_that_are_not_there(recipe, tmp_path, capsys, ar
     assert message in capsys.readouterr().err
 
 
-def test_evaluate_refuses_what_distill_refuses(finished, capsys):
+def test_evaluate_refuses_another_recipe_before_any_data(finished, capsys, monkeypatch):
     path, _ = finished
-    assert main(["evaluate", str(path), "--student.config.num_attention_heads", "0"]) == 2
-    assert "num_attention_heads=0" in capsys.readouterr().err
-    assert main(["evaluate", str(path), "--student.attn_implementation", "eager"]) == 2
-    assert 'attn_implementation="sdpa"' in capsys.readouterr().err
-    assert main(["evaluate", str(path), "--student.config.patch_size", "2"]) == 2
-    assert "17 queries × 17 keys against 5 × 5" in capsys.readouterr().err
+    monkeypatch.setattr(ImageClassification, "load_data", lambda *_: pytest.fail("data was read"))
+    for key, value in {"config.num_attention_heads": 0, "attn_implementation": "eager", "config.patch_size": 2}.items():
+        assert main(["evaluate", str(path), f"--student.{key}", str(value)]) == 2
+        assert f"student.{key} differ" in capsys.readouterr().err
+
+
+def test_evaluate_loads_teachers_only_to_measure_attention(finished, tmp_path, capsys, monkeypatch):
+    path, output = finished
+    loaded = []
+    load = ImageClassification.load
+    monkeypatch.setattr(
+        ImageClassification, "load", lambda task, path, *options: loaded.append(path) or load(task, path, *options)
+    )
+    classifier(6, width=12, layers=1, patch_size=4).save_pretrained(tmp_path / "other")
+    assert main(["evaluate", str(path), "--model", str(tmp_path / "other")]) == 0
+    assert loaded == [str(tmp_path / "other")]
+    loaded.clear()
+    assert main(["evaluate", str(path)]) == 0
+    assert loaded == [str(output / "student"), str(output / "teacher")]
+
+
+def test_evaluate_runs_where_training_would(finished, capsys, monkeypatch):
+    """On the device of the training arguments; "meta" stands for a GPU."""
+    path, _ = finished
+    seen = []
+    monkeypatch.setattr(TrainingArguments, "device", property(lambda self: torch.device("meta")))
+    monkeypatch.setattr(
+        ImageClassification, "measure", lambda task, model, *_: seen.append(model.device) or {"accuracy": 1.0}
+    )
+    monkeypatch.setattr("squeezeheads.run._fits_plan", lambda model, objective, batch: seen.append(batch) or False)
+    assert main(["evaluate", str(path)]) == 0
+    device, batch = seen
+    assert device.type == "meta" and all(value.device.type == "meta" for value in batch.values())
+
+
+def test_other_images_are_refused(finished, capsys, monkeypatch):
+    path, _ = finished
+    load = ImageClassification.load_data
+
+    def changed(task, pretrained):
+        splits = load(task, pretrained)
+        sample = splits.validation[5]
+        splits.validation[5] = {**sample, "labels": (sample["labels"] + 1) % 10}
+        return splits
+
+    monkeypatch.setattr(ImageClassification, "load_data", changed)
+    for command in ("distill", "evaluate"):
+        assert main([command, str(path)]) == 2
+        assert "the validation split is not the one that the run" in capsys.readouterr().err
 
 
 def test_evaluate_refuses_what_would_change_the_meaning(finished, capsys):
@@ -338,7 +381,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_students(recipe, tmp_path, si
     again = [script, "distill", path, "--output", killed]
     process = subprocess.Popen(again, stdout=subprocess.DEVNULL, env=environment)
     deadline = time.monotonic() + 300
-    while not list(killed.glob(f"work/distilled-0/{sign}")) and time.monotonic() < deadline:
+    while not list(killed.glob(f"work/students/distilled/seed-0/{sign}")) and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.wait()
@@ -460,7 +503,7 @@ def test_ctrl_c_ends_a_run_in_one_line(recipe, tmp_path):
     )
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        if list((tmp_path / "run" / "work").glob("*/checkpoint-*")):
+        if list((tmp_path / "run" / "work").rglob("checkpoint-*")):
             break
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -67,19 +66,22 @@ def chat_tokenizer(tmp_path):
 
 
 def task_of(train: str, **options) -> InstructionTuning:
-    """A task whose three splits hold what ``train`` holds."""
+    """A task whose three splits hold what ``train`` holds, but that other splits' requests begin with another letter:
+    the same request may not be on two sides."""
     copies = [str(Path(train).with_name(f"{part}.jsonl")) for part in ("validation", "test")]
     for copy in copies:
-        Path(copy).write_bytes(Path(train).read_bytes())
+        items = [json.loads(line) for line in Path(train).read_text().splitlines()]
+        for item in items:
+            holder, key = (item, "instruction") if "instruction" in item else (item["messages"][0], "content")
+            holder[key] = Path(copy).name[0] + holder[key][1:]
+        Path(copy).write_text("".join(f"{json.dumps(item)}\n" for item in items))
     small = {"vocabulary_size": BYTES, "max_new_tokens": 6, "generation_seeds": [1, 2]}
     return InstructionTuning(train=[train], validation=copies[:1], test=copies[1:], **{**small, **options})
 
 
 def loaded(train: str, pretrained: Pretrained = NEW, **options):
     task = task_of(train, **options)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return task, task.load_data(pretrained)
+    return task, task.load_data(pretrained)
 
 
 def text(task, ids) -> str:
@@ -165,27 +167,23 @@ def test_special_tokens_spelled_out_in_the_data_are_only_text(jsonl):
 def test_longer_prompts_are_left_out_everywhere_and_counted(jsonl):
     long = {"instruction": "x" * 200, "output": "y"}
     task = task_of(jsonl(DOLLY, long, ALPACA, EMPTY), max_prompt_length=150, max_length=160)
-    with pytest.warns(UserWarning) as caught:
-        splits = task.load_data(NEW)
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [3, 3, 3]
-    messages = [str(w.message) for w in caught]
-    assert messages == [
-        f"{split}: of 4 requests 1 left out, their prompts are longer than max_prompt_length=150 tokens; "
-        "1 have an empty response, which teaches nothing."
-        for split in ("train", "validation", "test")
+    splits = task.load_data(NEW)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [2, 2, 2]
+    names, long_one = ("train", "validation", "test"), "their prompts are longer than max_prompt_length=150 tokens"
+    assert splits.notices == [
+        *(f"{split}: of 4 requests 1 left out, they have no response." for split in names),
+        *(f"{split}: of 3 requests 1 left out, {long_one}." for split in names),
     ]
 
 
 def test_nothing_to_report_is_not_reported(jsonl):
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        task_of(jsonl(DOLLY, ALPACA)).load_data(NEW)
+    assert task_of(jsonl(DOLLY, ALPACA)).load_data(NEW).notices == []
 
 
 def test_long_responses_are_cut_and_then_have_no_end(jsonl):
     task = task_of(jsonl({"instruction": "Say y.", "output": "y" * 300}), max_length=120, max_prompt_length=100)
-    with pytest.warns(UserWarning, match=r"of 1 requests 1 have responses that are cut at max_length=120 tokens\.$"):
-        splits = task.load_data(NEW)
+    splits = task.load_data(NEW)
+    assert splits.notices[0] == "train: of 1 requests 1 have responses that are cut at max_length=120 tokens."
     (sample,) = splits.train
     assert len(sample["input_ids"]) == len(sample["labels"]) == 120
     assert task._tokenizer.eos_token_id not in sample["input_ids"]
@@ -198,6 +196,76 @@ def test_the_limit_itself_is_within(jsonl):
     assert same.train == splits.train
     with pytest.raises(RecipeError, match=rf"all 1 prompts.*={length - 1} tokens, the shortest has {length}"):
         task_of(jsonl(DOLLY), max_prompt_length=length - 1).load_data(NEW)
+
+
+def test_a_response_is_the_first_that_is_not_blank_and_those_without_are_left_out(jsonl):
+    blanks = {"instruction": "a", "output": ["", " \n", "the cat", "", "a cat"]}
+    task, splits = loaded(jsonl(blanks, {"instruction": "b", "output": ["", " "]}, DOLLY))
+    learned = [text(task, [t for t in s["labels"] if t != -100]) for s in splits.train]
+    assert learned == ["the cat<|endoftext|>", "Blue<|endoftext|>"]
+    assert [s["references"] for s in splits.test] == [["the cat", "a cat"], ["Blue"]]
+    told = [notice for notice in splits.notices if notice.startswith("test")]
+    assert told == ["test: of 3 requests 1 left out, they have no response."]
+
+
+def test_the_same_request_is_never_on_two_sides(jsonl):
+    """Left out of train, not of what is reported; the same words as input and as context are the same request."""
+    dolly = {**DOLLY, "response": "Red"}
+    other = {"instruction": "Add.", "context": "1 and 2", "response": "III"}
+    last = {**ALPACA, "input": ""}
+    files = {
+        "train": jsonl(DOLLY, ALPACA, DOLLY, last, name="train"),
+        "validation": jsonl(other, dolly, name="validation"),
+        "test": jsonl(dolly, name="test"),
+    }
+    task = InstructionTuning(**{name: [file] for name, file in files.items()}, vocabulary_size=BYTES)
+    splits = task.load_data(NEW)
+    assert [s["references"] for s in splits.test] == [["Red"]]
+    assert [s["references"] for s in splits.validation] == [["III"]]
+    assert [text(task, s["input_ids"]) for s in splits.train] == [
+        "Answer the request below.\n\n### Instruction:\nAdd.\n\n### Response:\n3<|endoftext|>"
+    ]
+    assert splits.notices == [
+        "validation: of 2 requests 1 left out, they are in test too.",
+        "train: of 4 requests 3 left out, they are in validation or test too.",
+    ]
+    covered = InstructionTuning(train=[files["train"]], test=[jsonl(last, DOLLY, ALPACA, name="all")])
+    with pytest.raises(RecipeError, match="train: all its requests are in test too"):
+        covered.load_data(NEW)
+
+
+def test_one_file_on_two_sides_is_refused_by_whatever_name(jsonl, tmp_path, monkeypatch):
+    path = Path(jsonl(DOLLY, ALPACA, name="one"))
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for train, test in (("one.jsonl", "./one.jsonl"), (str(path), "x/../one.jsonl")):
+        with pytest.raises(ValueError, match=r"one\.jsonl is named twice"):
+            InstructionTuning(train=[train], test=[test])
+    with pytest.raises(RecipeError, match=r"one\.jsonl is in both train and test"):
+        InstructionTuning(train=["*.jsonl"], test=["one.jsonl"]).load_data(NEW)
+    (tmp_path / "x" / "copy.jsonl").write_bytes(path.read_bytes())
+    with pytest.raises(RecipeError, match=r"one\.jsonl in train and .*copy\.jsonl in validation are copies"):
+        InstructionTuning(train=["one.jsonl"], validation=["x"]).load_data(NEW)
+
+
+def test_folders_and_globs_of_requests(jsonl, tmp_path):
+    for index in range(4):
+        file = Path(jsonl({"instruction": f"Say {index}.", "output": f"{index}"}, name=f"f{index}"))
+        target = tmp_path / ("a/deep" if index % 2 else "a") / f"{index}{'.ndjson' if index == 3 else '.jsonl'}"
+        target.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(target)
+    (tmp_path / "a" / "notes.txt").write_text("no requests")
+    other = jsonl({"instruction": "Other.", "output": "other"}, name="other")
+    small = {"vocabulary_size": BYTES, "test": [other], "validation_share": 0.25}
+    for source, expected in ((tmp_path / "a", "0123"), (tmp_path / "a" / "*.jsonl", "02")):
+        splits = InstructionTuning(train=[str(source)], **small).load_data(NEW)
+        found = {r for part in (splits.train, splits.validation) for s in part for r in s["references"]}
+        assert found == set(expected)
+    with pytest.raises(RecipeError, match=r"gone\.jsonl is not there: expected a JSONL file, a folder, a glob\."):
+        InstructionTuning(train=["gone.jsonl"]).load_data(NEW)
+    (tmp_path / "alpaca.json").write_text("[]")
+    with pytest.raises(RecipeError, match=r"train: .*alpaca\.json is JSON, .*load_dataset\('json', .*to_json"):
+        InstructionTuning(train=[str(tmp_path / "alpaca.json")]).load_data(NEW)
 
 
 def test_held_out_requests_are_apart_and_the_same_for_every_tokenizer(jsonl):
@@ -246,9 +314,11 @@ def distil(task, batch):
 
 @pytest.mark.parametrize("beside", ([], [ALPACA]), ids=("alone", "in company"))
 def test_a_sample_without_response_gives_finite_losses_and_no_part_of_the_gradient(jsonl, beside):
-    task, splits = loaded(jsonl(EMPTY, DOLLY, ALPACA))
-    empty, _, alpaca = splits.train
-    assert set(empty["labels"]) == {-100} and len(empty["input_ids"]) == empty["prompt_length"]
+    """The task leaves such samples out; a loop of one's own may have them."""
+    task, splits = loaded(jsonl(DOLLY, ALPACA))
+    dolly, alpaca = splits.train
+    prompt = dolly["input_ids"][: dolly["prompt_length"]]
+    empty = {**dolly, "input_ids": prompt, "labels": [-100] * len(prompt)}
     company = [alpaca] if beside else []
     out, gradients = distil(task, task.collate([empty, *company]))
     assert torch.isfinite(out.loss) and all(torch.isfinite(v) for v in out.terms.values())
@@ -264,9 +334,10 @@ def test_a_sample_without_response_gives_finite_losses_and_no_part_of_the_gradie
 
 
 def test_padding_to_a_longer_batch_changes_nothing(jsonl):
-    task, splits = loaded(jsonl(DOLLY, {"instruction": "z" * 60, "output": ""}))
+    task, splits = loaded(jsonl(DOLLY, {"instruction": "z" * 60, "output": "y"}))
+    other = {**splits.train[1], "labels": [-100] * len(splits.train[1]["labels"])}  # longer, and counts nowhere
     alone, _ = distil(task, task.collate(splits.train[:1]))
-    padded, _ = distil(task, task.collate(splits.train))
+    padded, _ = distil(task, task.collate([splits.train[0], other]))
     for name, value in alone.terms.items():
         torch.testing.assert_close(padded.terms[name], value, rtol=1e-5, atol=1e-6)
 
@@ -299,7 +370,7 @@ def test_masked_prompt_tokens_do_not_matter_for_attention_rows(jsonl):
 
 
 def test_score_is_the_mean_over_all_response_tokens(jsonl):
-    task, splits = loaded(jsonl(DOLLY, ALPACA, {"instruction": "Long?", "output": "yes, much longer"}, EMPTY))
+    task, splits = loaded(jsonl(DOLLY, ALPACA, {"instruction": "Long?", "output": "yes, much longer"}))
     model = model_of(task, attention_dropout=0.5).train()
     found = task.score(model, splits.test, batch_size=3)["loss"]
     assert model.training
@@ -373,6 +444,13 @@ def test_a_response_ends_before_its_end_token_and_the_model_keeps_its_mode():
     assert sample(model, max_new_tokens=40)[longest.index(ended)] == ended[:cut], "the model's own ends count too"
 
 
+def test_a_model_that_has_diverged_is_named_before_it_is_sampled_from():
+    model = language_model(2)
+    model.lm_head.weight.data[3, 0] = torch.nan
+    with pytest.raises(RecipeError, match="probabilities are not finite.*diverged"):
+        sample(model)
+
+
 def test_rouge_l_is_that_of_rouge_score_with_the_best_reference():
     predictions = ["The cats were running home", "blue", "", "nothing alike"]
     references = [["dogs bark", "The cat was running", "a cat"], ["Blue."], ["x"], ["y z", "z"]]
@@ -396,7 +474,8 @@ def test_measure_keeps_every_seed(jsonl, monkeypatch):
     monkeypatch.setattr(
         "squeezeheads.tasks.instruction_tuning.rouge_l", lambda p, r: scored.append((list(p), r)) or rouge_l(p, r)
     )
-    task, splits = loaded(jsonl(DOLLY, ALPACA, EMPTY), generation_samples=2, generation_seeds=[7, 8, 9])
+    third = {"instruction": "Not asked.", "output": "x"}
+    task, splits = loaded(jsonl(DOLLY, ALPACA, third), generation_samples=2, generation_seeds=[7, 8, 9])
     model = model_of(task)
     found = task.measure(model, splits.test, batch_size=2)
     assert found == task.measure(model, splits.test, batch_size=1) | {"loss": pytest.approx(found["loss"], rel=1e-5)}

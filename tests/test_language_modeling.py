@@ -291,6 +291,50 @@ def test_one_file_in_two_splits_is_refused(corpus: Path) -> None:
         loaded(str(corpus), test=[str(corpus / "part1" / ".." / "part0" / "03.txt")])
 
 
+def test_a_copy_of_a_file_in_two_splits_is_refused(corpus: Path, tmp_path: Path) -> None:
+    copy = write(tmp_path / "copy.txt", (corpus / "part0" / "03.txt").read_bytes())
+    with pytest.raises(RecipeError, match=r"part0/03\.txt in train and .*copy\.txt in validation are copies"):
+        loaded(str(corpus), validation=[str(copy)])
+
+
+def test_blank_files_are_no_copies(corpus: Path, tmp_path: Path) -> None:
+    for seed, name in enumerate(("a", "b"), start=8):
+        write(tmp_path / name / "empty.txt", " \n")
+        write(tmp_path / name / "x.txt", " ".join(sentences(3, seed=seed)))
+    loaded(str(corpus), validation=[str(tmp_path / "a")], test=[str(tmp_path / "b")])
+
+
+def test_documents_of_two_splits_are_counted(tmp_path: Path) -> None:
+    """Rows of files that differ, and slices of one data set that overlap."""
+    datasets = pytest.importorskip("datasets")
+    rows = [{"text": text} for text in sentences(40)]
+    train = jsonl(tmp_path / "train.jsonl", [*rows[:30], rows[5]])
+    test = jsonl(tmp_path / "test.jsonl", [rows[5], *rows[28:]])
+    _, splits = loaded(str(train), test=[str(test)])
+    assert splits.notices == ["train: 4 of its 31 documents are in test too, word for word."]
+    assert loaded(str(train))[1].notices == []
+    for name, part in (("a", rows[:25]), ("b", rows[20:])):
+        datasets.Dataset.from_list(part).save_to_disk(tmp_path / name)
+    _, splits = loaded(str(tmp_path / "a"), validation=[str(tmp_path / "b")], test=[str(test)])
+    assert splits.notices == [
+        "train: 5 of its 25 documents are in validation too, word for word.",
+        "train: 1 of its 25 documents are in test too, word for word.",
+        "validation: 12 of its 20 documents are in test too, word for word.",
+    ]
+
+
+def test_tables_are_not_read_as_text(tmp_path: Path) -> None:
+    rows = json.dumps([{"text": text} for text in sentences(4)])
+    for name, kind in (("a.json", "json"), ("a.csv", "csv"), ("a.PARQUET", "parquet")):
+        file = write(tmp_path / name, rows)
+        for source in (str(file), f"{tmp_path}/*{file.suffix}"):
+            with pytest.raises(RecipeError, match=rf"train: .*{name} is {kind.upper()}, not text .*'{kind}', data_f"):
+                read(source)
+    assert read(str(tmp_path), patterns=("*.json",)) == [rows], "asked for by its pattern it is text: source code, say"
+    lines = jsonl(tmp_path / "a.ndjson", [{"text": "one"}, {"text": "two"}])
+    assert read(str(lines)) == ["one", "two"]
+
+
 # -- tokenizer -------------------------------------------------------------------------------------------------------
 
 
@@ -640,6 +684,31 @@ def test_token_bytes_of_other_vocabularies() -> None:
     assert counts[tokenizer.convert_tokens_to_ids("  ")] == 2
 
 
+def test_bits_per_byte_are_not_measured_over_unknown_tokens(tmp_path: Path) -> None:
+    """A word level tokenizer: what it does not know has bytes, but nobody knows how many."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {"<unk>": 0, "</s>": 1, **{word: i + 2 for i, word in enumerate(dict.fromkeys(WORDS))}}
+    inner = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    known = PreTrainedTokenizerFast(tokenizer_object=inner, unk_token="<unk>", eos_token="</s>")
+    known.save_pretrained(tmp_path / "words")
+    texts = {"train": ["the cat naturally sees " * 10] * 2, "validation": ["the sea " * 20], "test": ["a dog " * 20]}
+    files = {
+        name: [str(jsonl(tmp_path / f"{name}.jsonl", [{"text": t} for t in rows]))] for name, rows in texts.items()
+    }
+    task = LanguageModeling(**files, tokenizer=str(tmp_path / "words"), block_size=8)
+    splits = task.load_data(NEW)
+    assert splits.train.tokens.numel() == 80 and splits.notices == [
+        "train: 20 of 80 tokens are <unk>: the tokenizer does not know their text, and bits_per_byte is not measured "
+        "where they are predicted."
+    ]
+    model = llama(len(words))
+    score = task.score(model, splits.train, 4)
+    assert math.isnan(score["bits_per_byte"]) and math.isfinite(score["loss"])
+    assert math.isfinite(task.score(model, splits.test, 4)["bits_per_byte"])
+
+
 # -- minimal pairs ---------------------------------------------------------------------------------------------------
 
 
@@ -834,10 +903,24 @@ def test_lm_eval_results_by_name(monkeypatch: pytest.MonkeyPatch, tokenizer: Any
         "sample_len": 9,
     }
     results = {"results": {"x": values}, "groups": {"g": {"acc,none": 1}}}
-    monkeypatch.setattr(lm_eval, "simple_evaluate", lambda **options: results)
+    drawn = []
+
+    def evaluate(**options: Any) -> Any:
+        random.random(), np.random.rand()
+        if drawn:
+            raise OSError("no such data")
+        drawn.append(options)
+        return results
+
+    monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
     monkeypatch.setattr(harness, "_manager", lambda folder: None)
+    before = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
     found = run_harness(llama(300), tokenizer, ["x"], None, 2)
     assert found == {"lm_eval/x/acc": 0.5, "lm_eval/x/f1,strict": 0.25, "lm_eval/g/acc": 1.0}
+    with pytest.raises(OSError, match="no such data"):
+        run_harness(llama(300), tokenizer, ["x"], None, 2)
+    after = random.getstate(), np.random.get_state()[1].tolist(), np.random.get_state()[2]
+    assert after == before, "what is drawn in measuring, or before an error in it, is not drawn from training"
 
 
 # -- a trained model -------------------------------------------------------------------------------------------------

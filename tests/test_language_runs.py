@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
 from squeezeheads.cli import main
+from squeezeheads.errors import RecipeError
+from squeezeheads.files import store_json
+from squeezeheads.recipe import load_recipe
+from squeezeheads.recording import record_attention
+from squeezeheads.reports.tables import mean_and_spread
+from squeezeheads.run import _keep_best, _Run, distill
+from squeezeheads.squeezing import mixing_matrix
+from squeezeheads.tasks import LanguageModeling, Pretrained
+from squeezeheads.tasks.tokenization import train_byte_bpe
+from squeezeheads.trainer import SqueezeTrainer
 
 LLAMA = {
     "model_type": "llama",
@@ -35,10 +48,15 @@ def texts(tmp_path) -> Path:
     return folder
 
 
-def carry_out(tmp_path: Path, tree: dict) -> Path:
+def write_recipe(tmp_path: Path, tree: dict) -> str:
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump({**tree, "output": str(tmp_path / "run"), "training": BRIEF}, sort_keys=False))
-    assert main(["distill", str(path)]) == 0
+    whole = {"training": BRIEF, "output": str(tmp_path / "run"), **tree}
+    path.write_text(yaml.safe_dump(whole, sort_keys=False))
+    return str(path)
+
+
+def carry_out(tmp_path: Path, tree: dict) -> Path:
+    assert main(["distill", write_recipe(tmp_path, tree)]) == 0
     return tmp_path / "run"
 
 
@@ -144,8 +162,7 @@ def test_pretrained_teacher_is_trained_further(tmp_path, texts):
     )
 
 
-def test_requests(tmp_path):
-    """Instruction tuning through the command line: ROUGE-L per seed, rows of responses alone, evaluate agrees."""
+def requests_recipe(tmp_path: Path) -> dict:
     data = tmp_path / "requests.jsonl"
     lines = [{"instruction": f"Say {word}.", "context": "", "response": f"{word} it is"} for word in "abcdefghijklmnop"]
     data.write_text("\n".join(map(json.dumps, lines)))
@@ -153,15 +170,17 @@ def test_requests(tmp_path):
         "train": [str(data)], "validation_share": 0.2, "test_share": 0.2, "vocabulary_size": 300, "max_length": 160,
         "max_prompt_length": 140, "max_new_tokens": 4, "generation_seeds": [1, 2],
     }  # fmt: skip
-    output = carry_out(
-        tmp_path,
-        {
-            "task": {"instruction_tuning": task},
-            "teacher": {"config": {**LLAMA, "max_position_embeddings": 160}, "training": BRIEF},
-            "student": {"config": STUDENT},
-            "objectives": {"task": {}, "logits": {}, "attention": {"calibration_batches": 1}},
-        },
-    )
+    return {
+        "task": {"instruction_tuning": task},
+        "teacher": {"config": {**LLAMA, "max_position_embeddings": 160}, "training": BRIEF},
+        "student": {"config": STUDENT},
+        "objectives": {"task": {}, "logits": {}, "attention": {"calibration_batches": 1}},
+    }
+
+
+def test_requests(tmp_path):
+    """Instruction tuning through the command line: ROUGE-L per seed, rows of responses alone, evaluate agrees."""
+    output = carry_out(tmp_path, requests_recipe(tmp_path))
     (run,) = json.loads((output / "results.json").read_text())["students"]["distilled"]
     assert len(run["rouge_l_seeds"]) == 2 and run["rouge_l"] == pytest.approx(sum(run["rouge_l_seeds"]) / 2)
     assert torch.isfinite(torch.tensor(run["loss"])) and run["attention"] > 0
@@ -185,3 +204,245 @@ def test_the_student_of_least_loss_is_kept(tmp_path, texts):
     folders = output / "student", output / "students" / "distilled" / f"seed-{best}"
     kept, source = (load_file(folder / "model.safetensors") for folder in folders)
     assert all((kept[key] == source[key]).all() for key in source)
+
+
+# -- stopped and started again ---------------------------------------------------------------------------------------
+
+
+def small(texts: Path, **changes) -> dict:
+    """A recipe of one teacher, made here, and one student."""
+    tree = {
+        "task": language_task(texts),
+        "teacher": {"config": LLAMA, "training": BRIEF},
+        "student": {"config": STUDENT},
+        "objectives": {"task": {}, "attention": {"calibration_batches": 1}},
+    }
+    return {**tree, **changes}
+
+
+def interrupt(monkeypatch, owner, name: str, call: int) -> None:
+    """The ``call``-th call of a method is a Ctrl-C."""
+    original, calls = getattr(owner, name), []
+
+    def method(*args, **options):
+        calls.append(None)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, method)
+
+
+def test_stopped_while_it_is_measured_a_student_is_trained_no_further(tmp_path, texts, monkeypatch):
+    training = {**BRIEF, "max_steps": 3, "lr_scheduler": "constant_with_warmup", "learning_rate": 1e-2, "save_every": 2}
+    path = write_recipe(tmp_path, small(texts, training=training))
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    assert main(["distill", path, "--output", str(whole)]) == 0
+    with monkeypatch.context() as patched:
+        interrupt(patched, LanguageModeling, "score", call=2)  # the first is the teacher's
+        assert main(["distill", path, "--output", str(stopped)]) == 130
+    assert (stopped / "work" / "students" / "distilled" / "seed-0" / "checkpoint-3").is_dir()
+    assert main(["distill", path, "--output", str(stopped)]) == 0
+    folder = Path("students") / "distilled" / "seed-0"
+    a, b = (load_file(output / folder / "model.safetensors") for output in (whole, stopped))
+    assert all((a[key] == b[key]).all() for key in a)
+    a, b = (json.loads((output / folder / "result.json").read_text()) for output in (whole, stopped))
+    assert a["losses"] == b["losses"] and len(a["losses"]) == 3 and a["loss"] == b["loss"]
+
+
+def test_a_teacher_may_be_called_as_a_student_is(tmp_path, texts):
+    """Each training has checkpoints of its own, whatever the names."""
+    teachers = {name: {"config": LLAMA, "training": BRIEF} for name in ("distilled-0", "distilled", "plan")}
+    attention = {"teacher": "distilled-0", "calibration_batches": 1}
+    same = {**LLAMA, "num_hidden_layers": 2}  # a checkpoint of the teacher would fit the student
+    objectives = {"task": {}, "attention": attention}
+    tree = small(texts, teachers=teachers, student={"config": same}, objectives=objectives)
+    del tree["teacher"]
+    output = carry_out(tmp_path, tree)
+    (run,) = json.loads((output / "results.json").read_text())["students"]["distilled"]
+    assert len(run["losses"]) == 2 and run["step_seconds"] and "attention" in run["losses"][0]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_the_terminal_gets_its_cursor_back(tmp_path, texts, monkeypatch, error):
+    class Fail(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            raise error
+
+    original = SqueezeTrainer.__init__
+
+    def failing(self, *args, **options):
+        original(self, *args, **options)
+        self.add_callback(Fail())
+
+    monkeypatch.setattr(SqueezeTrainer, "__init__", failing)
+    written = io.StringIO()
+    console = Console(file=written, force_terminal=True, force_interactive=True)
+    with pytest.raises(error):
+        distill(load_recipe(write_recipe(tmp_path, small(texts))), console)
+    hidden, shown = (written.getvalue().count(f"\x1b[?25{letter}") for letter in "lh")
+    assert hidden == shown > 0
+
+
+def test_a_new_tokenizer_is_learned_once(tmp_path, texts, monkeypatch, capsys):
+    """Started again on changed texts the run would go on with other tokens than its teacher's: it is refused."""
+    path = write_recipe(tmp_path, small(texts))
+    with monkeypatch.context() as patched:
+        interrupt(patched, _Run, "make_plan", call=1)
+        assert main(["distill", path]) == 130
+    output = tmp_path / "run"
+    kept = (output / "tokenizer" / "tokenizer.json").read_bytes()
+    (texts / "more.txt").write_text("zzzqq xxyyq wwvvq " * 300)
+    for command in ("distill", "evaluate"):
+        model = ["--model", str(output / "teacher")] if command == "evaluate" else []
+        assert main([command, path, *model]) == 2
+        answer = capsys.readouterr().err
+        assert "the train split is not the one" in answer and "--output" in answer
+    (texts / "more.txt").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr("squeezeheads.tasks.tokenization.train_byte_bpe", lambda *_: pytest.fail("learned anew"))
+        assert main(["distill", path]) == 0
+        assert main(["evaluate", path]) == 0
+    assert (output / "tokenizer" / "tokenizer.json").read_bytes() == kept
+    assert json.loads((output / "data.json").read_text()).keys() == {"train", "validation", "test"}
+
+
+def test_models_of_other_tokens_are_refused(tmp_path, texts, capsys):
+    """The same number of tokens, but others: a loss over them would be a number without meaning."""
+    output = carry_out(tmp_path, small(texts))
+    size = len(AutoTokenizer.from_pretrained(output / "student"))
+    strange = train_byte_bpe(["zebra quick foxes jump lazily vex wizard jolt pyjamas " * 9], size)
+    assert len(strange) == size
+    strange.save_pretrained(output / "teacher")
+    path = str(tmp_path / "recipe.yaml")
+    assert main(["evaluate", path]) == 2
+    assert "the teacher teacher that the run left" in capsys.readouterr().err
+    strange.save_pretrained(output / "student")
+    assert main(["evaluate", path]) == 2
+    answer = capsys.readouterr().err
+    assert f"the task's data and the model ({output / 'student'}) do not share tokens" in answer
+    (output / "students" / "distilled" / "seed-0" / "result.json").unlink()
+    assert main(["distill", path]) == 2
+    assert "the teacher teacher that the run left" in capsys.readouterr().err
+
+
+def test_fingerprints_tell_samples_apart():
+    """Whatever a sample holds, in whatever order."""
+    image = np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    sample = {"ids": [1, 2], "text": "ä", "tensor": torch.ones(2, dtype=torch.bfloat16), "image": image, "parts": [[1]]}
+    task = LanguageModeling(["stdlib"])
+    first = task.fingerprint([sample, sample])
+    assert first == task.fingerprint([dict(reversed(sample.items())), sample]) and len(first) == 64
+    others = [
+        {**sample, "ids": [1, 3]}, {**sample, "text": "a"}, {**sample, "parts": [1]},
+        {**sample, "tensor": torch.ones(2)},
+        {**sample, "image": image + 1}, {**sample, "tensor": torch.ones(1, 2, dtype=torch.bfloat16)},
+    ]  # fmt: skip
+    assert len({first, task.fingerprint([sample]), *(task.fingerprint([sample, o]) for o in others)}) == 8
+    with pytest.raises(TypeError, match="a sample holds a object"):
+        task.fingerprint([{"x": object()}])
+
+
+def test_notices_are_plain_lines_and_no_part_of_what_evaluate_prints(tmp_path, capsys):
+    tree = requests_recipe(tmp_path)
+    with (tmp_path / "requests.jsonl").open("a") as data:
+        data.write('\n{"instruction": "Say nothing.", "output": ""}')
+    carry_out(tmp_path, tree)
+    line = "train: of 17 requests 1 left out, they have no response."
+    answer = capsys.readouterr()
+    assert line in answer.out.splitlines() and "Warning" not in answer.out + answer.err
+    assert main(["evaluate", str(tmp_path / "recipe.yaml")]) == 0
+    answer = capsys.readouterr()
+    assert json.loads(answer.out)["rouge_l"] >= 0 and line in answer.err.splitlines()
+
+
+# -- training that diverges ------------------------------------------------------------------------------------------
+
+WILD = {**BRIEF, "max_steps": 6, "learning_rate": 1e30, "max_grad_norm": 0.0}
+
+
+@pytest.mark.parametrize("log_every", [2, 50])
+def test_a_student_that_diverges_stops_the_run(tmp_path, texts, capsys, log_every):
+    """Shown where it is logged first, at the latest at the end."""
+    path = write_recipe(tmp_path, small(texts, training={**WILD, "log_every": log_every}, seeds=[3]))
+    for _ in range(2):  # a second start does not take what the first left for a student
+        assert main(["distill", path]) == 2
+        answer = capsys.readouterr().err
+        assert "distilled, seed 3: the loss (task" in answer or log_every == 50
+        step = int(answer.split("not finite at step ")[1].split(":")[0])
+        assert step <= 4 if log_every == 2 else step == 6
+        assert "training.learning_rate" in answer and "training.max_grad_norm" in answer and "Traceback" not in answer
+        assert not (tmp_path / "run" / "student").exists() and not (tmp_path / "run" / "results.json").exists()
+        assert not list((tmp_path / "run" / "students").rglob("result.json"))
+
+
+def test_weights_that_diverge_in_the_last_step_are_found(tmp_path, texts, capsys, monkeypatch):
+    class Spoil(TrainerCallback):
+        def on_train_end(self, args, state, control, model, **_):
+            model.lm_head.weight.data[0, 0] = torch.inf
+
+    original = SqueezeTrainer.__init__
+
+    def spoiling(self, *args, **options):
+        original(self, *args, **options)
+        self.add_callback(Spoil())
+
+    monkeypatch.setattr(SqueezeTrainer, "__init__", spoiling)
+    assert main(["distill", write_recipe(tmp_path, small(texts))]) == 2
+    assert "teacher teacher: its weights are not finite at step 2" in capsys.readouterr().err
+
+
+def test_a_finite_student_is_better_than_one_that_is_not(tmp_path):
+    for seed in range(3):
+        (tmp_path / "students" / "distilled" / f"seed-{seed}").mkdir(parents=True)
+        (tmp_path / "students" / "distilled" / f"seed-{seed}" / "config.json").write_text(str(seed))
+    losses = [float("nan"), 3.0, None]
+    runs = [{"seed": seed, "validation": {"loss": loss}} for seed, loss in enumerate(losses)]
+    task = LanguageModeling(["stdlib"])
+    _keep_best({"students": {"distilled": runs}}, task, tmp_path)
+    assert (tmp_path / "student" / "config.json").read_text() == "1"
+    with pytest.raises(RecipeError, match="loss of no distilled student is finite"):
+        _keep_best({"students": {"distilled": runs[::2]}}, task, tmp_path)
+
+
+def test_numbers_that_are_not_finite_are_null_in_files_and_words_in_tables(tmp_path):
+    value = {"a": [float("nan"), 1.5, float("inf")], "b": {"c": float("-inf"), "d": "x", "e": 3, "f": None}}
+    store_json(tmp_path / "x.json", value)
+    assert json.loads((tmp_path / "x.json").read_text(), parse_constant=pytest.fail) == {
+        "a": [None, 1.5, None],
+        "b": {"c": None, "d": "x", "e": 3, "f": None},
+    }
+    assert mean_and_spread([1.0, 2.0]) == "1.500 ± 0.707"
+    assert mean_and_spread([1.0, None]) == mean_and_spread([float("nan")]) == "n/a"
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_show_the_weights_that_were_trained_by(tmp_path, monkeypatch):
+    """Requests: prompt rows count neither in training nor in the picture."""
+    shown = []
+
+    def watched(record, groups, **options):
+        mix = mixing_matrix(record, groups, **options)
+        shown.append((record, groups, mix))
+        return mix
+
+    monkeypatch.setattr("squeezeheads.reports.figures.mixing_matrix", watched)
+    tree = requests_recipe(tmp_path)
+    tree["student"] = {"config": {**STUDENT, "num_hidden_layers": 2}}
+    output = carry_out(tmp_path, tree)
+    recipe = load_recipe(str(tmp_path / "recipe.yaml"))
+    task = recipe.chosen_task
+    splits = task.load_data(Pretrained({"teacher": None}))
+    batch = task.collate(splits.test[:8])
+    teacher = AutoModelForCausalLM.from_pretrained(output / "teacher", attn_implementation="sdpa")
+    with torch.no_grad(), record_attention(teacher) as taught:
+        teacher(**{key: value for key, value in batch.items() if key != "labels"})
+    plan = json.loads((output / "plan.json").read_text())["attention"]
+    assert len(plan) == len(shown) == 2
+    for layer, (record, groups, mix) in zip(plan, shown, strict=True):
+        assert [list(group) for group in groups] == layer["groups"]
+        expected = mixing_matrix(taught[layer["teacher_position"]], groups, rows=task.rows(batch))
+        torch.testing.assert_close(mix, expected)
+        assert not torch.allclose(mix, mixing_matrix(record, groups), atol=1e-4), "the check can fail"

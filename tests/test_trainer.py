@@ -123,6 +123,30 @@ def test_resumed_run_equals_an_undisturbed_one(tmp_path):
         assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_resumed_after_the_last_step_nothing_is_trained(tmp_path, accumulated):
+    """48 samples: the last step, the fourth, lies within an epoch."""
+    options = {"save_strategy": "steps", "save_steps": 4, "lr_scheduler_type": "constant"}
+    options["gradient_accumulation_steps"] = accumulated
+    whole = trainer(tmp_path, **options)
+    whole.train()
+    begun = []
+
+    class Seen(TrainerCallback):
+        def on_train_begin(self, args, state, control, **_):
+            begun.append(state.global_step)
+
+        def on_train_end(self, args, state, control, **_):
+            begun.append(state.global_step)
+
+    resumed = trainer(tmp_path, callbacks=[Seen()], **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert begun == [4, 4], "what goes on beside the steps begins and ends as ever"
+    assert resumed.state.global_step == 4 and losses(resumed) == losses(whole) and len(losses(whole)) == 4
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_resume_refuses_other_objectives(tmp_path):
     first = trainer(tmp_path)
     first.prepare()

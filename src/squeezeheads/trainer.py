@@ -185,6 +185,13 @@ class SqueezeTrainer(Trainer):
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             module.load_state_dict(own)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
+        """As ``Trainer.get_batch_samples``; nothing once all steps are done: Trainer (5.23) would take one more where
+        it resumes from the checkpoint of the last step."""
+        if self.is_in_train and self.state.global_step >= self.state.max_steps:
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
     def compute_loss(
         self,
         model: nn.Module,

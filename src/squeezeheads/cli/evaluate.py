@@ -7,11 +7,12 @@ from collections.abc import Sequence
 
 from squeezeheads.cli import hide_foreign_bars
 from squeezeheads.cli.arguments import asks_for_help, only_recipe, split_arguments
+from squeezeheads.files import finite
 from squeezeheads.recipe import load_recipe
 
 HELP = """usage: squeezeheads evaluate RECIPE [--model FOLDER] [--key VALUE ...]
 
-Measure a saved model on a recipe's test split; prints JSON.
+Measure a saved model on a recipe's test split; prints JSON, null for a number that is not finite.
 
   RECIPE          a YAML file
   --model FOLDER  folder or hub name of the model; by default the student that the recipe's run left
@@ -35,5 +36,5 @@ def main(arguments: Sequence[str]) -> int:
     from squeezeheads.run import evaluate
 
     hide_foreign_bars()
-    print(json.dumps(evaluate(recipe, models[-1] if models else None)))
+    print(json.dumps(finite(evaluate(recipe, models[-1] if models else None)), allow_nan=False))
     return 0

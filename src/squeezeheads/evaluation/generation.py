@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from squeezeheads.distillation import evaluating
+from squeezeheads.errors import RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,6 +49,9 @@ def sample_responses(
 
     Returns:
         New tokens of each response, without the end token, in the prompts' order.
+
+    Raises:
+        RecipeError: a model whose logits are not finite.
     """
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -98,6 +102,11 @@ class _Draw:
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         probabilities = (scores.float() / self.temperature).softmax(-1)
+        if not torch.isfinite(probabilities).all():  # on a GPU, drawing from these would end the process's use of it
+            raise RecipeError(
+                "the model's next-token probabilities are not finite, so nothing can be sampled: its training has "
+                "diverged, or its numbers overflow (try float32)."
+            )
         drawn = [torch.multinomial(p, 1, generator=g) for p, g in zip(probabilities, self.streams, strict=True)]
         return torch.full_like(scores, -torch.inf).scatter(1, torch.stack(drawn), 0.0)
 

@@ -13,6 +13,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from squeezeheads.distillation import evaluating
 from squeezeheads.errors import RecipeError
 
@@ -71,8 +73,7 @@ def run_harness(
     from lm_eval import simple_evaluate
     from lm_eval.models.huggingface import HFLM
 
-    before = random.getstate()
-    with _quiet(folder), evaluating(model):
+    with _quiet(folder), _own_random_states(), evaluating(model):
         results = simple_evaluate(
             # A copy: the wrapper sets a padding token where there is none.
             model=HFLM(model, backend="causal", tokenizer=copy.deepcopy(tokenizer), batch_size=batch_size),
@@ -85,7 +86,6 @@ def run_harness(
             numpy_random_seed=None,
             torch_random_seed=None,
         )
-    random.setstate(before)  # lm-eval draws from Python's
     metrics: dict[str, float] = {}
     for task, values in {**results["results"], **results.get("groups", {})}.items():
         for key, value in values.items():
@@ -102,6 +102,18 @@ def _manager(folder: str | None) -> Any:
     from lm_eval.tasks import TaskManager
 
     return TaskManager(include_path=folder, include_defaults=folder is None)
+
+
+@contextmanager
+def _own_random_states() -> Iterator[None]:
+    """lm-eval draws from Python's generator, and tasks from NumPy's: afterwards, or after an error, both are as they
+    were."""
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
 
 
 @contextmanager

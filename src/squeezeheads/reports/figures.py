@@ -23,6 +23,7 @@ def attention_figures(
     inputs: Mapping[str, Any],
     folder: Path,
     sample: int = 0,
+    rows: Tensor | None = None,
 ) -> list[Path]:
     """Draw each planned layer: one row of teacher maps, one of squeezed maps, one of student maps.
 
@@ -31,6 +32,7 @@ def attention_figures(
         inputs: a batch, without labels.
         folder: where the PNG files go.
         sample: which sample of the batch is drawn.
+        rows: (B, Q) query rows that count, as in training: the weights shown are then those trained by. All by default.
 
     Returns:
         The files, in order of the student's layers.
@@ -50,17 +52,17 @@ def attention_figures(
     files = []
     for layer in objective.plan:
         theirs, mine = taught[layer.teacher_position], learned[layer.student_position]
-        mix = mixing_matrix(theirs, layer.groups, weights=objective.weights)[sample].cpu()
+        mix = mixing_matrix(theirs, layer.groups, weights=objective.weights, rows=rows)[sample].cpu()
         teacher_maps, student_maps = theirs.maps()[sample].float().cpu(), mine.maps()[sample].float().cpu()
         order = [head for group in layer.groups for head in group]
         below = [sum(map(len, layer.groups[:s])) for s in range(len(layer.groups))]  # column of a group's first head
         squeezed = torch.einsum("st,tqk->sqk", mix.float(), teacher_maps)
-        rows = [
+        lines = [
             _Row("teacher", teacher_maps[order], [f"head {head}" for head in order], list(range(len(order)))),
             _Row("squeezed", squeezed, [_sum_of(mix[s], group) for s, group in enumerate(layer.groups)], below),
             _Row("student", student_maps, [f"head {s}" for s in range(len(layer.groups))], below),
         ]
-        figure = _draw(plt, rows)
+        figure = _draw(plt, lines)
         figure.suptitle(f"student {layer.student_layer}  ←  teacher {layer.teacher_layer}", fontsize=10)
         path = folder / f"layer-{layer.student_position}.png"
         figure.savefig(path, dpi=110)

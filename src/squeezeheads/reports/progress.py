@@ -11,7 +11,8 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class ProgressBar(TrainerCallback):
-    """Shows a bar and keeps each step's time."""
+    """Shows a bar and keeps each step's time. As a context it gives the terminal back (its cursor, its lines) however
+    training ends."""
 
     def __init__(self, label: str, console: Console) -> None:
         self.step_seconds: list[float] = []
@@ -24,6 +25,16 @@ class ProgressBar(TrainerCallback):
             TextColumn("[dim]{task.fields[loss]}"),
             console=console,
         )
+
+    def __enter__(self) -> ProgressBar:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._progress.live.is_started:  # stopped twice it would write an empty line
+            self._progress.stop()
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         self._progress.start()
@@ -48,4 +59,4 @@ class ProgressBar(TrainerCallback):
             self._progress.update(self._bar, loss=f"loss {logs['loss']:.3g}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        self._progress.stop()
+        self._stop()

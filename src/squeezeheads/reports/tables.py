@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -9,8 +10,13 @@ from typing import Any
 from rich.table import Table
 
 
-def mean_and_spread(values: Sequence[float], digits: int = 3) -> str:
-    """``mean ± standard deviation`` (n − 1), the spread only where there is one."""
+def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
+    """``mean ± standard deviation`` (n − 1), the spread only where there is one; "n/a" where a value is not finite, or
+    ``None``, as JSON holds that."""
+    known = [value for value in values if value is not None and math.isfinite(value)]
+    if len(known) < len(values):
+        return "n/a"
+    values = known
     mean = f"{statistics.fmean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"
 
@@ -30,7 +36,7 @@ def result_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     metrics = results["metrics"]
     rows: list[tuple[str, ...]] = []
     for name, teacher in results["teachers"].items():
-        rows.append((name, *(f"{teacher[m]:.3f}" for m in metrics), "", "", f"{teacher['parameters']:,}", ""))
+        rows.append((name, *(mean_and_spread([teacher[m]]) for m in metrics), "", "", f"{teacher['parameters']:,}", ""))
     for name, runs in results["students"].items():
         fidelity = [run["attention"] for run in runs if run.get("attention") is not None]
         ratios = [run["step_time_ratio"] for run in runs if run.get("step_time_ratio") is not None]

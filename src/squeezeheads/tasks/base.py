@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,6 +26,8 @@ class Splits:
     train: Sequence[Mapping[str, Any]]
     validation: Sequence[Mapping[str, Any]]
     test: Sequence[Mapping[str, Any]]
+    notices: list[str] = field(default_factory=list)
+    """What a person should know of the data before anything is trained (what was left out …), a sentence each."""
 
 
 @dataclass
@@ -33,6 +37,8 @@ class Pretrained:
     teachers: Mapping[str, str | None]
     """By the teacher's name."""
     student: str | None = None
+    made: str | None = None
+    """Folder in which an earlier start of the run kept what ``Task.save_made`` wrote, where there was one."""
 
 
 @dataclass
@@ -127,3 +133,43 @@ class Task:
 
     def save_companions(self, folder: Path) -> None:
         """Save what a model's folder needs beside the model: its tokenizer, its image processor."""
+
+    def check_companions(self, path: str, whose: str) -> None:
+        """Whether the data are encoded as for the model in this folder: what ``save_companions`` left there says so.
+
+        Raises:
+            RecipeError: they are not (other tokens …); names both.
+        """
+
+    def save_made(self, folder: Path) -> None:
+        """Keep what ``load_data`` made out of the data, as a new tokenizer, for later starts of a run: they find it in
+        ``Pretrained.made`` and must go by it. Writes nothing where nothing was made."""
+
+    def fingerprint(self, samples: Sequence[Mapping[str, Any]]) -> str:
+        """SHA-256 of a split, by which a later start of a run sees that the data are still the same. Reads all samples:
+        override it where they are read from files, or altered at random, when they are asked for."""
+        digest = hashlib.sha256()
+        for index in range(len(samples)):
+            _hash(digest, samples[index])
+        return digest.hexdigest()
+
+
+def _hash(digest: Any, value: Any) -> None:
+    if isinstance(value, Mapping):
+        for key in sorted(value):
+            _hash(digest, key)
+            _hash(digest, value[key])
+    elif isinstance(value, Tensor):
+        numbers = value.detach().cpu().contiguous()
+        digest.update(f"{numbers.dtype} {tuple(numbers.shape)} ".encode())
+        digest.update(numbers.reshape(-1).view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, list | tuple) and any(isinstance(v, Tensor | Mapping | list | tuple) for v in value):
+        digest.update(f"{len(value)} ".encode())
+        for part in value:
+            _hash(digest, part)
+    elif value is None or isinstance(value, str | bytes | int | float | list | tuple):
+        digest.update(repr(value).encode())
+    elif hasattr(value, "__array_interface__"):  # NumPy's arrays, Pillow's images
+        _hash(digest, torch.from_numpy(np.array(value)))
+    else:
+        raise TypeError(f"a sample holds a {type(value).__name__}, of which no fingerprint is known: override it.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -19,8 +18,14 @@ from squeezeheads.evaluation.generation import exact_match, rouge_l, sample_resp
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.causal import check_token_model, mean_token_loss, padded, shared_vocabulary, token_config
 from squeezeheads.tasks.instructions import Request, alpaca_text, chat_text, read_requests
-from squeezeheads.tasks.text import hold_out
-from squeezeheads.tasks.tokenization import SMALLEST_VOCABULARY, choose_tokenizer, encode_texts
+from squeezeheads.tasks.text import JSONL, Documents, find_files, hold_out, refuse_overlap, refuse_tables
+from squeezeheads.tasks.tokenization import (
+    SMALLEST_VOCABULARY,
+    check_model_tokens,
+    choose_tokenizer,
+    encode_texts,
+    makes_tokenizer,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -36,7 +41,8 @@ class InstructionTuning(Task):
 
     train: list[str]
     """JSONL files to learn from, one object a line: instruction, perhaps input (or context), and output (or response),
-    a text or a list of texts; or messages."""
+    a text or a list of texts; or messages. Each entry is a file, a folder, whose .jsonl and .ndjson files are read with
+    those of all folders below, or a glob."""
     validation: list[str] = field(default_factory=list)
     """JSONL files for choices; without them validation_share of train is held out."""
     test: list[str] = field(default_factory=list)
@@ -46,7 +52,8 @@ class InstructionTuning(Task):
     test_share: float = 0.05
     """Share of train's requests that is held out for the report, where test names no file."""
     split_seed: int = 0
-    """Seed of what is held out. The same request, perhaps with other responses, is never on two sides."""
+    """Seed of what is held out. The same request, letter for letter, perhaps with other responses, is never on two
+    sides: what is in test is left out of validation and train, what is in validation out of train."""
     format: Literal["auto", "alpaca", "chat"] = "auto"
     """How a request is written out: "alpaca" under headings, "chat" by the tokenizer's chat template, "auto" by the
     template where the tokenizer has one, else under headings."""
@@ -59,7 +66,7 @@ class InstructionTuning(Task):
     """Tokens of prompt and response together; responses are cut there."""
     max_prompt_length: int = 256
     """Tokens of a prompt; requests with a longer one are left out, in training and evaluation, and counted in a
-    warning."""
+    notice."""
     max_new_tokens: int = 256
     """Tokens of a sampled response at most."""
     temperature: float = 1.0
@@ -80,7 +87,8 @@ class InstructionTuning(Task):
         if not self.train:
             raise ValueError("train=[]: expected at least one JSONL file.")
         files = [*self.train, *self.validation, *self.test]
-        twice = sorted({name for name in files if files.count(name) > 1})
+        places = [Path(name).resolve() for name in files]
+        twice = sorted(name for name, place in zip(files, places, strict=True) if places.count(place) > 1)
         if twice:
             raise ValueError(f"{twice[0]} is named twice among train, validation and test: expected each file once.")
         for name in ("validation_share", "test_share"):
@@ -115,23 +123,26 @@ class InstructionTuning(Task):
 
     def load_data(self, pretrained: Pretrained) -> Splits:
         """Samples with ``input_ids`` (prompt, first reference, end token), ``labels`` (-100 on the prompt),
-        ``prompt_length`` and ``references``."""
+        ``prompt_length`` and ``references``. Told: what is left out or cut, and why."""
         if find_spec("rouge_score") is None:
             raise RecipeError(
                 "task.instruction_tuning measures ROUGE-L with the package rouge-score, which is not installed: "
                 'pip install "squeezeheads[eval]".'
             )
-        parts = self._requests()
+        notices: list[str] = []
+        parts = self._requests(notices)
         self._tokenizer = choose_tokenizer(
             self.tokenizer, pretrained, lambda: self._texts(parts["train"]), self.vocabulary_size
         )
+        self._makes_tokenizer = makes_tokenizer(self.tokenizer, pretrained)
         self._vocabulary = shared_vocabulary(self._tokenizer, pretrained)
         if self.format == "chat" and not self._tokenizer.chat_template:
             raise RecipeError(
                 f"format=chat, but the tokenizer {self._tokenizer.name_or_path!r} has no chat template: choose "
                 "format=alpaca, or a tokenizer with one."
             )
-        return Splits(**{name: self._samples(requests, name) for name, requests in parts.items()})
+        samples = {name: self._samples(requests, name, notices) for name, requests in parts.items()}
+        return Splits(samples["train"], samples["validation"], samples["test"], notices)
 
     @property
     def auto_class(self) -> Any:
@@ -196,10 +207,36 @@ class InstructionTuning(Task):
         """The tokenizer."""
         self._tokenizer.save_pretrained(str(folder))
 
-    def _requests(self) -> dict[str, list[Request]]:
-        """Requests by split. What is held out does not depend on the tokenizer."""
-        files = {"train": self.train, "validation": self.validation, "test": self.test}
-        parts = {name: [request for path in paths for request in read_requests(path)] for name, paths in files.items()}
+    def check_companions(self, path: str, whose: str) -> None:
+        """The model's tokenizer numbers the same tokens alike."""
+        check_model_tokens(self._tokenizer, self.tokenizer, path, whose)
+
+    def save_made(self, folder: Path) -> None:
+        """A new tokenizer."""
+        if self._makes_tokenizer:
+            self._tokenizer.save_pretrained(str(folder))
+
+    def _requests(self, notices: list[str]) -> dict[str, list[Request]]:
+        """Requests with an answer, by split; none is on two sides. What is held out does not depend on the
+        tokenizer."""
+        sources = {"train": self.train, "validation": self.validation, "test": self.test}
+        files = {name: _files(entries, name) for name, entries in sources.items()}
+        noted = {name: Documents() for name in files}
+        for name, paths in files.items():
+            files[name] = [path for path in paths if noted[name].add_file(path)]
+        refuse_overlap(noted)
+        parts = {name: _answered(paths, name, notices) for name, paths in files.items()}
+        taken: set[str] = set()
+        for name in ("test", "validation", "train"):
+            before = parts[name]
+            parts[name] = [request for request in before if request.key not in taken]
+            others = " or ".join(other for other in ("validation", "test") if other != name and parts[other])
+            if len(parts[name]) < len(before):
+                gone = len(before) - len(parts[name])
+                notices.append(f"{name}: of {len(before)} requests {gone} left out, they are in {others} too.")
+            if before and not parts[name]:
+                raise RecipeError(f"{name}: all its requests are in {others} too. Give it others, or leave it out.")
+            taken.update(request.key for request in parts[name])
         shares = {"validation": self.validation_share, "test": self.test_share}
         shares = {name: share for name, share in shares.items() if not files[name]}
         if shares:
@@ -208,25 +245,22 @@ class InstructionTuning(Task):
             chosen = {name: set(keys) for name, keys in held.items()}
             for name, keys in chosen.items():
                 parts[name] = [request for request in parts["train"] if request.key in keys]
-            gone = set().union(*chosen.values())
-            parts["train"] = [request for request in parts["train"] if request.key not in gone]
+            held_out = set().union(*chosen.values())
+            parts["train"] = [request for request in parts["train"] if request.key not in held_out]
         return parts
 
     def _texts(self, requests: Sequence[Request]) -> Iterator[str]:
         """What a new tokenizer, which has no chat template, is learned from."""
         return ("".join(alpaca_text(request)) for request in requests)
 
-    def _samples(self, requests: Sequence[Request], split: str) -> list[dict[str, Any]]:
+    def _samples(self, requests: Sequence[Request], split: str, notices: list[str]) -> list[dict[str, Any]]:
         prompts, responses = self._encoded(requests)
-        samples, left_out, cut, blank = [], 0, 0, 0
+        samples, left_out, cut = [], 0, 0
         for request, prompt, response in zip(requests, prompts, responses, strict=True):
             if len(prompt) > self.max_prompt_length:
                 left_out += 1
                 continue
-            if request.references[0].strip():
-                response = self._ended(response)
-            else:  # an answer left out, not an answer of no words: nothing to learn, not even to stop at once
-                response, blank = [], blank + 1
+            response = self._ended(response)
             ids = (prompt + response)[: self.max_length]
             cut += len(prompt) + len(response) > self.max_length
             labels = [-100] * len(prompt) + ids[len(prompt) :]
@@ -235,7 +269,7 @@ class InstructionTuning(Task):
                     "input_ids": ids,
                     "labels": labels,
                     "prompt_length": len(prompt),
-                    "references": list(request.references),
+                    "references": list(request.answers),
                 }
             )
         if not samples:
@@ -243,16 +277,13 @@ class InstructionTuning(Task):
                 f"{split}: all {len(requests)} prompts are longer than max_prompt_length={self.max_prompt_length} "
                 f"tokens, the shortest has {min(map(len, prompts))}: raise it, and max_length with it."
             )
-        if blank == len(samples):
-            raise RecipeError(f"{split}: all responses are empty, there is nothing to learn or to compare with.")
         counted = {
             f"left out, their prompts are longer than max_prompt_length={self.max_prompt_length} tokens": left_out,
             f"have responses that are cut at max_length={self.max_length} tokens": cut,
-            "have an empty response, which teaches nothing": blank,
         }
         if any(counted.values()):
             told = "; ".join(f"{count} {what}" for what, count in counted.items() if count)
-            warnings.warn(f"{split}: of {len(requests)} requests {told}.", stacklevel=3)
+            notices.append(f"{split}: of {len(requests)} requests {told}.")
         return samples
 
     def _encoded(self, requests: Sequence[Request]) -> tuple[list[list[int]], list[list[int]]]:
@@ -279,6 +310,30 @@ class InstructionTuning(Task):
         if end not in response:
             return [*response, end]
         return response[: len(response) - response[::-1].index(end)]
+
+
+def _files(sources: Sequence[str], split: str) -> list[Path]:
+    """The files that a split's entries name."""
+    files: list[Path] = []
+    for source in sources:
+        files += find_files(
+            source, [f"*{suffix}" for suffix in JSONL], split, expected="a JSONL file, a folder, a glob"
+        )
+    refuse_tables(files, split)
+    return files
+
+
+def _answered(files: Sequence[Path], split: str, notices: list[str]) -> list[Request]:
+    """The requests of these files that have an answer: the others teach nothing, not even to stop at once, and nothing
+    can be compared with them."""
+    requests = [request for file in files for request in read_requests(str(file))]
+    answered = [request for request in requests if request.answers]
+    if requests and not answered:
+        raise RecipeError(f"{split}: all responses are empty, there is nothing to learn or to compare with.")
+    if len(answered) < len(requests):
+        gone = len(requests) - len(answered)
+        notices.append(f"{split}: of {len(requests)} requests {gone} left out, they have no response.")
+    return answered
 
 
 def _beginning(tokenizer: PreTrainedTokenizerBase) -> list[int]:

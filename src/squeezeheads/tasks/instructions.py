@@ -32,11 +32,21 @@ class Request:
     turns: tuple[Mapping[str, str], ...]
     """Chat messages, ``role`` and ``content``; a single instruction is one message of the user."""
     references: tuple[str, ...]
-    """At least one; the first is learned from, all are compared with."""
+    """At least one; the first that is not blank is learned from, all that are not are compared with."""
     source: str
     """File and line, for messages."""
     input: str = ""
     """What the instruction is about, where it is kept apart from it."""
+
+    @property
+    def answers(self) -> tuple[str, ...]:
+        """The references that are not blank. A blank one is an answer left out, not an answer of no words."""
+        return tuple(reference for reference in self.references if reference.strip())
+
+    @property
+    def response(self) -> str:
+        """What is learned; empty where there is no answer."""
+        return next(iter(self.answers), "")
 
     @property
     def key(self) -> str:
@@ -124,7 +134,7 @@ def alpaca_text(request: Request) -> tuple[str, str]:
             "such conversations out."
         )
     form = ALPACA_WITH_INPUT if request.input else ALPACA_WITHOUT_INPUT
-    return form.format(instruction=request.turns[0]["content"], input=request.input), request.references[0]
+    return form.format(instruction=request.turns[0]["content"], input=request.input), request.response
 
 
 def chat_text(request: Request, tokenizer: PreTrainedTokenizerBase) -> tuple[str, str]:
@@ -140,7 +150,7 @@ def chat_text(request: Request, tokenizer: PreTrainedTokenizerBase) -> tuple[str
     turns = [dict(turn) for turn in request.turns]
     if request.input:
         turns[-1]["content"] += f"\n\n{request.input}"
-    answered = [*turns, {"role": "assistant", "content": request.references[0]}]
+    answered = [*turns, {"role": "assistant", "content": request.response}]
     try:
         prompt = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         whole = tokenizer.apply_chat_template(answered, tokenize=False)

@@ -17,8 +17,15 @@ from squeezeheads.distillation import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.causal import check_token_model, mean_token_loss, shared_vocabulary, token_config
-from squeezeheads.tasks.text import TextSource, find_files, hold_out, refuse_overlap, take
-from squeezeheads.tasks.tokenization import SMALLEST_VOCABULARY, choose_tokenizer, encode_texts, token_bytes
+from squeezeheads.tasks.text import TextSource, find_files, hold_out, refuse_overlap, shared_documents, take
+from squeezeheads.tasks.tokenization import (
+    SMALLEST_VOCABULARY,
+    check_model_tokens,
+    choose_tokenizer,
+    encode_texts,
+    makes_tokenizer,
+    token_bytes,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -74,10 +81,10 @@ class LanguageModeling(Task):
     """
 
     train: list[str]
-    """Sources of texts to learn from. Each is a text file; a .jsonl file; a folder, searched with all folders below; a
-    glob; a folder saved by datasets' save_to_disk; hub:NAME[:CONFIG][:SPLIT], a data set of the hub (without SPLIT the
-    one named train, validation or test, by where the source stands); or stdlib, the Python files of the interpreter's
-    own standard library without its tests. All are UTF-8."""
+    """Sources of texts to learn from. Each is a text file; a .jsonl or .ndjson file; a folder with all folders
+    below; a glob; a folder saved by datasets' save_to_disk; hub:NAME[:CONFIG][:SPLIT], a data set of the hub (without
+    SPLIT the one named train, validation or test, by where the source stands); or stdlib, the Python files of the
+    interpreter's own standard library without its tests. All are UTF-8."""
     validation: list[str] = field(default_factory=list)
     """Sources of texts for choices; without them documents are held out of train."""
     test: list[str] = field(default_factory=list)
@@ -90,7 +97,7 @@ class LanguageModeling(Task):
     split_seed: int = 0
     """Seed of what is held out, and of max_characters."""
     patterns: list[str] = field(default_factory=lambda: ["*.txt"])
-    """Which files of a folder are read; names ending in .jsonl as JSONL, all others as plain text."""
+    """Which files of a folder are read; names ending in .jsonl or .ndjson as JSONL, all others as plain text."""
     text_field: str = "text"
     """Field of JSONL objects and column of data sets that holds the text."""
     max_characters: int | None = None
@@ -147,9 +154,11 @@ class LanguageModeling(Task):
 
     # Called once, before everything else; what follows it uses what is set here.
     def load_data(self, pretrained: Pretrained) -> Splits:
-        """Blocks of ``block_size`` tokens, from ``pack``."""
-        texts = self._texts()
+        """Blocks of ``block_size`` tokens, from ``pack``. Told: documents that two splits share, tokens that the
+        tokenizer does not know."""
+        texts, notices = self._texts()
         self._tokenizer = choose_tokenizer(self.tokenizer, pretrained, lambda: texts["train"], self.vocabulary_size)
+        self._makes_tokenizer = makes_tokenizer(self.tokenizer, pretrained)
         self._vocabulary = shared_vocabulary(self._tokenizer, pretrained)
         self._token_bytes = token_bytes(self._tokenizer)
         self._pairs = self._read_pairs()
@@ -157,9 +166,21 @@ class LanguageModeling(Task):
             from squeezeheads.evaluation.harness import check_harness
 
             check_harness(self.lm_eval_tasks, self.lm_eval_folder)
-        return Splits(**{split: self._blocks(texts[split], split) for split in SPLITS})
+        blocks = {split: self._blocks(texts[split], split) for split in SPLITS}
+        special = (self._tokenizer.eos_token_id, self._tokenizer.bos_token_id, self._tokenizer.pad_token_id)
+        unknown = self._tokenizer.unk_token_id  # GPT-2 names its end of text so: it needs none
+        self._unknown = None if unknown in special else unknown
+        for split, found in blocks.items():
+            count = int((found.tokens == self._unknown).sum()) if self._unknown is not None else 0
+            if count:
+                notices.append(
+                    f"{split}: {count} of {found.tokens.numel()} tokens are {self._tokenizer.unk_token}: the tokenizer "
+                    "does not know their text, and bits_per_byte is not measured where they are predicted."
+                )
+        return Splits(blocks["train"], blocks["validation"], blocks["test"], notices)
 
-    def _texts(self) -> dict[str, list[str]]:
+    def _texts(self) -> tuple[dict[str, list[str]], list[str]]:
+        """Documents by split, and what is to be told of them."""
         reader = TextSource(self.patterns, self.text_field)
         named = {split: getattr(self, split) for split in SPLITS}
         documents = {split: reader.read(sources, split, split) for split, sources in named.items() if sources}
@@ -167,12 +188,13 @@ class LanguageModeling(Task):
         texts = {
             split: take(found.texts, self.max_characters, self.split_seed, split) for split, found in documents.items()
         }
+        notices = shared_documents(texts)
         shares = {"validation": self.validation_share, "test": self.test_share}
         missing = {split: share for split, share in shares.items() if split not in texts}
         if missing:
             texts["train"], held = hold_out(texts["train"], missing, self.split_seed, "train")
             texts.update(held)
-        return texts
+        return texts, notices
 
     def _blocks(self, texts: Sequence[str], split: str) -> Blocks:
         blocks = Blocks(pack(self._tokenizer, texts, self.block_size))
@@ -218,17 +240,19 @@ class LanguageModeling(Task):
             ``loss``: nats per predicted token, end-of-text tokens among them.
             ``perplexity``: e to the loss.
             ``bits_per_byte``: nats of all predicted tokens / ln 2 / UTF-8 bytes of their text; special tokens have no
-            bytes, what they cost counts. Comparable between tokenizers.
+            bytes, what they cost counts. Comparable between tokenizers. Not a number where a predicted token is the
+            tokenizer's unknown one: how many bytes it stands for is not known.
         """
         with evaluating(model):
             loss = mean_token_loss(model, self.batches(samples, batch_size, model.device))
         predicted = [sample["labels"][1:] for sample in samples]
         count = sum(len(tokens) for tokens in predicted)
         size = sum(int(self._token_bytes[tokens].sum()) for tokens in predicted)
+        unknown = self._unknown is not None and any(bool((tokens == self._unknown).any()) for tokens in predicted)
         return {
             "loss": loss,
             "perplexity": math.exp(loss) if loss < 700 else math.inf,
-            "bits_per_byte": loss * count / math.log(2) / size if size else math.nan,
+            "bits_per_byte": loss * count / math.log(2) / size if size and not unknown else math.nan,
         }
 
     def measure(self, model: PreTrainedModel, samples: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
@@ -245,6 +269,19 @@ class LanguageModeling(Task):
             metrics.update(run_harness(model, self._tokenizer, self.lm_eval_tasks, self.lm_eval_folder, batch_size))
         return metrics
 
+    def fingerprint(self, samples: Sequence[Mapping[str, Any]]) -> str:
+        """SHA-256 of the split's tokens."""
+        return super().fingerprint([{"tokens": samples.tokens}] if isinstance(samples, Blocks) else samples)
+
     def save_companions(self, folder: Path) -> None:
         """The tokenizer."""
         self._tokenizer.save_pretrained(folder)
+
+    def check_companions(self, path: str, whose: str) -> None:
+        """The model's tokenizer numbers the same tokens alike."""
+        check_model_tokens(self._tokenizer, self.tokenizer, path, whose)
+
+    def save_made(self, folder: Path) -> None:
+        """A new tokenizer."""
+        if self._makes_tokenizer:
+            self._tokenizer.save_pretrained(str(folder))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import random
 import sysconfig
 import tokenize
@@ -18,6 +19,12 @@ STDLIB = "stdlib"
 """The source that is on every machine: the interpreter's own standard library."""
 HUB = "hub:"
 
+JSONL = (".jsonl", ".ndjson")
+"""Suffixes of files with a JSON object a line."""
+
+# Files that hold texts but are none, by the name under which ``datasets`` reads them.
+_TABLES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
+
 # Parts of the standard library's folder that are tests, no part of it, or made at build time.
 _NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
@@ -29,6 +36,29 @@ class Documents:
     texts: list[str] = field(default_factory=list)
     origins: set[str] = field(default_factory=set)
     """Files and data sets that they come from."""
+    digests: dict[str, str] = field(default_factory=dict)
+    """SHA-256 of each file that is not blank → the file."""
+
+    def add_file(self, file: Path) -> bool:
+        """Note where texts come from.
+
+        Returns:
+            Whether the file is new here.
+
+        Raises:
+            RecipeError: it cannot be read.
+        """
+        origin = str(file.resolve())
+        if origin in self.origins:
+            return False
+        self.origins.add(origin)
+        try:
+            content = file.read_bytes()
+        except OSError as error:
+            raise RecipeError(f"{file}: cannot be read: {error.strerror}.") from error
+        if content.strip():
+            self.digests.setdefault(hashlib.sha256(content).hexdigest(), origin)
+        return True
 
 
 @dataclass
@@ -60,7 +90,10 @@ class TextSource:
             elif _is_saved_data_set(Path(source)):
                 self._add_data_set(found, *_from_disk(source, split, key), key)
             else:
-                self._add_files(found, find_files(source, self.patterns, key))
+                files = find_files(source, self.patterns, key)
+                if not Path(source).is_dir():  # in a folder, patterns have asked for them
+                    refuse_tables(files, key)
+                self._add_files(found, files)
             if len(found.texts) == before:
                 raise RecipeError(
                     f"{key}: {source} adds no text: it is empty, or another source has given the same files. "
@@ -70,14 +103,12 @@ class TextSource:
 
     def _add_files(self, found: Documents, files: Sequence[Path], source_code: bool = False) -> None:
         for file in files:
-            origin = str(file.resolve())
-            if origin in found.origins:
+            if not found.add_file(file):
                 continue
-            found.origins.add(origin)
             if source_code:
                 with tokenize.open(file) as opened:  # by the encoding that the file declares, as Python reads it
                     texts = [opened.read()]
-            elif file.suffix == ".jsonl":
+            elif file.suffix in JSONL:
                 texts = [self._text(row, place) for place, row in read_jsonl(file)]
             else:
                 texts = [read_text(file)]
@@ -109,9 +140,20 @@ class TextSource:
         return text
 
 
-def find_files(source: str, patterns: Sequence[str], key: str) -> list[Path]:
+def find_files(
+    source: str,
+    patterns: Sequence[str],
+    key: str,
+    expected: str = f"a file, a folder, a glob, a folder saved by datasets, {HUB}NAME[:CONFIG][:SPLIT] or {STDLIB}",
+) -> list[Path]:
     """The files of a source, sorted by path: the file itself, those of a folder and all folders below that match a
     pattern, or those that a glob matches.
+
+    Args:
+        source: what a recipe names.
+        patterns: of file names, for folders.
+        key: where the source stands in the recipe, for messages.
+        expected: what may stand there, for messages.
 
     Raises:
         RecipeError: there is none.
@@ -130,9 +172,24 @@ def find_files(source: str, patterns: Sequence[str], key: str) -> list[Path]:
             raise RecipeError(f"{key}: no file matches {source}.")
         return files
     raise RecipeError(
-        f"{key}: {source} is not there: expected a file, a folder, a glob, a folder saved by datasets, "
-        f"{HUB}NAME[:CONFIG][:SPLIT] or {STDLIB}. Paths start from the folder that the command is run in."
+        f"{key}: {source} is not there: expected {expected}. Paths start from the folder that the command is run in."
     )
+
+
+def refuse_tables(files: Sequence[Path], key: str) -> None:
+    """As plain text, the brackets and commas of a table would be learned.
+
+    Raises:
+        RecipeError: a file of a format that holds texts but is none; names it and how to convert it.
+    """
+    for file in files:
+        if file.suffix.lower() in _TABLES:
+            kind = _TABLES[file.suffix.lower()]
+            raise RecipeError(
+                f"{key}: {file} is {kind.upper()}, not text and not JSONL. Convert it to JSONL, an object a line: "
+                f"`datasets.load_dataset({kind!r}, data_files={str(file)!r}, split='train')"
+                f".to_json({str(file.with_suffix('.jsonl'))!r})`."
+            )
 
 
 def stdlib_files() -> list[Path]:
@@ -185,7 +242,8 @@ def _from_hub(source: str, split: str, key: str) -> tuple[Any, str]:
 
 
 def refuse_overlap(splits: dict[str, Documents]) -> None:
-    """No file or data set may serve two splits.
+    """No file or data set may serve two splits, nor may a copy of a file, byte for byte. Slices of a data set's split
+    are taken at their word: ``shared_documents`` tells what they share.
 
     Raises:
         RecipeError: one does; names it.
@@ -199,6 +257,26 @@ def refuse_overlap(splits: dict[str, Documents]) -> None:
                     f"{shared[0]} is in both {name} and {other}: a model would be measured on what it has learned. "
                     "Leave it out of one, or give no sources there and let a share of train be held out."
                 )
+            copies = sorted(splits[name].digests.keys() & splits[other].digests.keys())
+            if copies:
+                one, two = splits[name].digests[copies[0]], splits[other].digests[copies[0]]
+                raise RecipeError(
+                    f"{one} in {name} and {two} in {other} are copies, byte for byte: a model would be measured on "
+                    "what it has learned. Leave one out."
+                )
+
+
+def shared_documents(splits: dict[str, list[str]]) -> list[str]:
+    """A sentence for each two splits that share documents, word for word: how many of the former are in the latter."""
+    told = []
+    names = list(splits)
+    for index, name in enumerate(names):
+        for other in names[index + 1 :]:
+            both = set(splits[name]) & set(splits[other])
+            count = sum(text in both for text in splits[name])
+            if count:
+                told.append(f"{name}: {count} of its {len(splits[name])} documents are in {other} too, word for word.")
+    return told
 
 
 def take(texts: Sequence[str], characters: int | None, seed: int, key: str) -> list[str]:

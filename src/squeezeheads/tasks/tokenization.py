@@ -105,7 +105,7 @@ def choose_tokenizer(
 
     Args:
         own: folder or hub name that the recipe gives. Without it: the first pretrained teacher's, else the pretrained
-            student's, else a new one.
+            student's, else a new one: that of an earlier start where ``pretrained.made`` holds it.
         pretrained: the models whose tokens must agree. One whose folder holds no tokenizer files is taken to use
             ``own``; without ``own`` it is refused.
         texts: what a new tokenizer is trained on; called only for one.
@@ -122,6 +122,8 @@ def choose_tokenizer(
     elif paths:
         source, path = next(iter(paths.items()))
         chosen = load_tokenizer(path)
+    elif pretrained.made is not None:
+        chosen, source = load_tokenizer(pretrained.made), f"the run's tokenizer ({pretrained.made})"
     else:
         chosen, source = train_byte_bpe(texts(), vocabulary_size), "the new tokenizer"
     if chosen.eos_token_id is None:
@@ -137,6 +139,27 @@ def choose_tokenizer(
             loaded[path] = load_tokenizer(path)
         check_shared_tokens(chosen, source, loaded[path], whose)
     return chosen
+
+
+def makes_tokenizer(own: str | None, pretrained: Pretrained) -> bool:
+    """Whether ``choose_tokenizer`` learns a new one, in the first start of a run."""
+    return own is None and not any(path is not None for path in (*pretrained.teachers.values(), pretrained.student))
+
+
+def check_model_tokens(mine: PreTrainedTokenizerBase, own: str | None, path: str, whose: str) -> None:
+    """``check_shared_tokens`` with the tokenizer in a model's folder.
+
+    Args:
+        mine: the task's.
+        own: as for ``choose_tokenizer``: with it, a folder that holds no tokenizer files is taken to use it.
+        path: folder or hub name.
+        whose: the model, for messages.
+
+    Raises:
+        RecipeError: other tokens, or no tokenizer there.
+    """
+    if own is None or not _folder_without_tokenizer(path):
+        check_shared_tokens(mine, "the task's data", load_tokenizer(path), whose)
 
 
 def check_shared_tokens(
