@@ -185,13 +185,6 @@ class SqueezeTrainer(Trainer):
             own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
             module.load_state_dict(own)
 
-    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """As ``Trainer.get_batch_samples``; nothing once all steps are done: Trainer (5.23) would take one more where
-        it resumes from the checkpoint of the last step."""
-        if self.is_in_train and self.state.global_step >= self.state.max_steps:
-            return [], None
-        return super().get_batch_samples(epoch_iterator, num_batches, device)
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -264,8 +257,14 @@ class SqueezeTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """Counts each objective's items in the whole batch, over accumulation steps and processes. Only the training
-        loop calls this, and it does so before the student is back in training mode after an evaluation."""
+        """As ``Trainer.get_batch_samples``; counts each objective's items in the whole batch, over accumulation steps and
+        processes. Only the training loop calls this, and it does so before the student is back in training mode after
+        an evaluation.
+
+        No batch once all steps are done: Trainer (5.23) would take one more step where it resumes from the checkpoint
+        of the last."""
+        if self.is_in_train and self.state.global_step >= self.state.max_steps:
+            return [], None
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         counts = [self.distillation.count(batch) for batch in samples]
         zero = torch.zeros((), device=device)
