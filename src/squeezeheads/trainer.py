@@ -257,9 +257,9 @@ class SqueezeTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
-        """As ``Trainer.get_batch_samples``; counts each objective's items in the whole batch, over accumulation steps and
-        processes. Only the training loop calls this, and it does so before the student is back in training mode after
-        an evaluation.
+        """As ``Trainer.get_batch_samples``; counts each objective's items in the whole batch, over accumulation steps
+        and processes. Only the training loop calls this, and it does so before the student is back in training mode
+        after an evaluation.
 
         No batch once all steps are done: Trainer (5.23) would take one more step where it resumes from the checkpoint
         of the last."""
