@@ -57,6 +57,11 @@ def next_token_targets(inputs: Inputs) -> Tensor | None:
     return torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
 
 
+def one_pass(inputs: Inputs) -> Sequence[Inputs]:
+    """A batch that the models see once, as it is."""
+    return [inputs]
+
+
 class Distillation:
     """Runs student and teacher on a batch and returns each objective's value under its own name.
 
@@ -343,5 +348,6 @@ __all__ = [
     "labelled_targets",
     "named_teachers",
     "next_token_targets",
+    "one_pass",
     "padding_rows",
 ]

@@ -7,6 +7,7 @@ from squeezeheads.objectives.jensen_shannon import JensenShannon
 from squeezeheads.objectives.logits import LogitKD
 from squeezeheads.objectives.minilm_relations import MiniLMRelations
 from squeezeheads.objectives.orthogonal import OrthogonalProjection
+from squeezeheads.objectives.prediction_matching import PredictionMatching
 from squeezeheads.objectives.reverse_kl import ReverseKL
 from squeezeheads.objectives.squeezed_heads import SqueezedHeads, squeezed_attention_loss
 from squeezeheads.objectives.squeezed_relations import SqueezedRelations
@@ -23,6 +24,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "jensen_shannon": JensenShannon,
     "hidden_states": HiddenStates,
     "orthogonal": OrthogonalProjection,
+    "prediction_matching": PredictionMatching,
 }
 
 __all__ = [
@@ -35,6 +37,7 @@ __all__ = [
     "MiniLMRelations",
     "Objective",
     "OrthogonalProjection",
+    "PredictionMatching",
     "ReverseKL",
     "SqueezedHeads",
     "SqueezedRelations",
