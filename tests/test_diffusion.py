@@ -48,8 +48,8 @@ def denoiser(heads: int = 2, layers: int = 2, seed: int = 0, loss: DiffusionLoss
     initialises it, it would predict 0."""
     torch.manual_seed(seed)
     options = {
-        "num_attention_heads": heads, "attention_head_dim": 8, "in_channels": 1, "out_channels": 2, "num_layers": layers,
-        "sample_size": 8, "patch_size": 2, "num_embeds_ada_norm": 10, **changes,
+        "num_attention_heads": heads, "attention_head_dim": 8, "in_channels": 1, "out_channels": 2, "sample_size": 8,
+        "num_layers": layers, "patch_size": 2, "num_embeds_ada_norm": 10, **changes,
     }  # fmt: skip
     return Denoiser(DiTTransformer2DModel(**options), loss or DiffusionLoss(betas()))
 
@@ -137,28 +137,21 @@ def test_first_step_is_the_likelihood_of_the_level(levels):
     x_t = (1 - b[0]).sqrt() * clean + b[0].sqrt() * noise
     mean = (x_t - b[0].sqrt() * guess) / (1 - b[0]).sqrt()
     second = b[1] * b[0] / (1 - (1 - b[0]) * (1 - b[1]))  # variance of the posterior at the second step
-    variance = b[0] ** ((v + 1) / 2) * second ** (1 - (v + 1) / 2)
-    normal = torch.distributions.Normal(mean, variance.sqrt())
     half = 1 / (levels - 1)
-    upper = torch.where(index == levels - 1, torch.ones_like(clean), normal.cdf(clean + half))
-    lower = torch.where(index == 0, torch.zeros_like(clean), normal.cdf(clean - half))
-    expected = -(upper - lower).log2().flatten(1).mean(1)
+
+    def expected(v: torch.Tensor) -> torch.Tensor:
+        share = (v + 1) / 2
+        normal = torch.distributions.Normal(mean, (b[0] ** share * second ** (1 - share)).sqrt())
+        upper = torch.where(index == levels - 1, 1.0, normal.cdf(clean + half))
+        lower = torch.where(index == 0, 0.0, normal.cdf(clean - half))
+        return -(upper - lower).log2().flatten(1).mean(1)
+
     loss = DiffusionLoss(betas(), levels=levels)
     v.requires_grad_()
     value = loss.variational_term(guess, v, noise, clean, torch.zeros(4, dtype=torch.long))
-    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-8)
-    (grad,) = torch.autograd.grad(value.sum(), v)
-    (numeric,) = torch.autograd.grad(
-        -(
-            torch.where(index == levels - 1, 1.0, torch.distributions.Normal(mean, _spread(b, second, v)).cdf(clean + half))
-            - torch.where(index == 0, 0.0, torch.distributions.Normal(mean, _spread(b, second, v)).cdf(clean - half))
-        ).log2().flatten(1).mean(1).sum(), v,
-    )  # fmt: skip
-    torch.testing.assert_close(grad, numeric, rtol=1e-5, atol=1e-8)
-
-
-def _spread(b, second, v):
-    return (b[0] ** ((v + 1) / 2) * second ** (1 - (v + 1) / 2)).sqrt()
+    torch.testing.assert_close(value, expected(v), rtol=1e-6, atol=1e-8)
+    grad, oracle = (torch.autograd.grad(bits.sum(), v)[0] for bits in (value, expected(v)))
+    torch.testing.assert_close(grad, oracle, rtol=1e-5, atol=1e-8)
 
 
 def test_far_from_the_level_value_and_gradient_stay_finite():
@@ -268,7 +261,7 @@ def test_saved_model_is_diffusers_own(tmp_path):
 
 def test_another_model_is_refused(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
-    with pytest.raises(ValueError, match="UNet2DModel, expected one of DiTTransformer2DModel"):
+    with pytest.raises(ValueError, match="UNet2DModel, expected one of DiTTransformer2DModel, MDT"):
         load_config(str(tmp_path))
     with pytest.raises(TypeError, match="Linear is no denoiser"):
         Denoiser(nn.Linear(2, 2))
@@ -439,22 +432,134 @@ def test_features_of_a_denoiser_are_compared(kind):
     assert student.model.transformer_blocks[1].ff.net[2].weight.grad.abs().sum() > 0
 
 
+# -- MDT: two passes ------------------------------------------------------------------------------------------------
+
+
+def mdt(heads: int = 2, layers: int = 4, seed: int = 0) -> Denoiser:
+    """As ``denoiser``: 2 layers of the encoder, the others the decoder's. Modulations are random too, or nothing would
+    reach the output."""
+    options = {
+        "num_attention_heads": heads, "attention_head_dim": 8, "in_channels": 1, "out_channels": 2, "sample_size": 8,
+        "num_layers": layers, "num_decoder_layers": layers - 2, "patch_size": 2, "num_embeds_ada_norm": 10,
+    }  # fmt: skip
+    torch.manual_seed(seed)
+    model = build_model(DenoiserConfig("mdt", options))
+    for name, parameter in model.named_parameters():
+        if "modulation" in name or "proj_out" in name:
+            nn.init.normal_(parameter, std=0.2)
+    return Denoiser(model, DiffusionLoss(betas()))
+
+
+def masked_passes(count: int = 6) -> list[dict]:
+    samples = images()
+    return two_passes(noising(tokens=16)([samples[i] for i in range(count)]))
+
+
+def test_an_mdt_that_is_its_teacher_has_nothing_to_learn_in_either_pass():
+    model = mdt(heads=4)
+    compared = {name: objectives()[name] for name in ("task", "matching", "attention")}
+    distillation = Distillation(copy.deepcopy(model), compared)
+    full, masked = (distillation(model.train(), given) for given in masked_passes())
+    for out in (full, masked):
+        # Not exactly 0: the kernel takes a bias that wants a gradient another way than one that does not.
+        assert abs(out.terms["attention"]) < 1e-6 and out.terms["matching"] < 1e-10
+    assert full.terms["task"] != masked.terms["task"]
+
+
+def test_layers_are_the_planned_ones_in_the_masked_pass_too():
+    """It runs one layer more, before the decoder: positions there are others than in the plan."""
+    student, teacher = mdt(2), mdt(4, seed=1)
+    full, masked = masked_passes()
+    objective = SqueezedHeads(schedule="progressive")
+    distillation = Distillation(teacher, {"attention": objective})
+    distillation.prepare(student, [full])
+    assert [p.student_layer.split(".")[1] for p in objective.plan] == [
+        "encoder_in_blocks", "encoder_out_blocks", "decoder_blocks", "decoder_blocks",
+    ]  # fmt: skip
+    for given, kept in ((full, 16), (masked, masked["keep"].shape[1])):
+        out = distillation(student, given)
+        with torch.no_grad(), record_attention(teacher) as taught:
+            teacher(**given)
+        with record_attention(student) as learned:
+            student(**given)
+        assert len(learned) == (4 if given is full else 5) and learned[0].num_queries == kept
+        parts = [
+            squeezed_attention_loss([mine], [theirs], schedule="progressive", implementation="reference")
+            for mine, theirs in zip(learned, taught, strict=True)
+            if "side_block" not in mine.name
+        ]
+        torch.testing.assert_close(out.terms["attention"], torch.stack(parts).mean().detach(), rtol=1e-5, atol=1e-7)
+
+
+def test_gradients_of_both_passes_are_the_dense_ones():
+    student, teacher = mdt(2).double(), mdt(4, seed=1).double()
+    for given in masked_passes():
+        given = {key: v.double() if v.is_floating_point() else v for key, v in given.items()}
+        grads = []
+        for implementation in ("reference", "tiled"):
+            with torch.no_grad(), record_attention(teacher) as taught:
+                teacher(**given)
+            with record_attention(student) as learned:
+                student(**given)
+            student.zero_grad()
+            squeezed_attention_loss(learned, taught, schedule="progressive", implementation=implementation).backward()
+            grads.append({n: p.grad.clone() for n, p in student.named_parameters() if p.grad is not None})
+        assert any("relative_position_bias" in name for name in grads[0])
+        for name, grad in grads[0].items():
+            torch.testing.assert_close(grads[1][name], grad, rtol=1e-7, atol=1e-12, msg=name)
+
+
+def test_features_of_mdt_are_compared_in_both_passes():
+    student, teacher = mdt(2), mdt(4, seed=1)
+    passes = masked_passes()
+    distillation = Distillation(teacher, {"features": HiddenStates()})
+    distillation.prepare(student, passes[:1])
+    for given in passes:
+        assert distillation(student, given).loss > 0
+        states = student(**given, output_hidden_states=True).hidden_states
+        kept = given["keep"].shape[1] if "keep" in given else 16
+        assert [state.shape[1] for state in states] == [16, kept, kept, 16, 16]
+
+
+def test_mdt_trains_in_two_passes_however_a_batch_is_cut(tmp_path):
+    """With one share of masked tokens for all: it is drawn for each part of a batch."""
+    runs = []
+    for size, steps in ((8, 1), (2, 4)):
+        run = trainer(
+            tmp_path / str(size), collate=noising(tokens=16, mask_ratio=(0.4, 0.4)), per_device_train_batch_size=size,
+            gradient_accumulation_steps=steps, max_steps=3, models=(mdt(2), mdt(4, layers=6, seed=1)),
+            layers=[[0, 0], [1, 1], [2, 3], [3, 5]],
+        )  # fmt: skip
+        run.train()
+        runs.append(logged(run))
+    for whole, parts in zip(*runs, strict=True):
+        assert parts == pytest.approx(whole, rel=2e-4, abs=1e-6)
+
+
 # -- trainer ---------------------------------------------------------------------------------------------------------
 
 
 def trainer(
-    folder: Path, collate: Noising | None = None, callbacks=None, passes=two_passes, **changes
+    folder: Path, collate: Noising | None = None, callbacks=None, passes=two_passes, models=None, layers=None, **changes
 ) -> SqueezeTrainer:
+    """``layers``: pairs in place of uniform ones, with groups that do not depend on calibration batches."""
+    student, teacher = models or (denoiser(2), denoiser(4, layers=3, seed=1))
+    compared = objectives()
+    if layers is not None:
+        compared |= {
+            "attention": SqueezedHeads(schedule="progressive", layers=layers),
+            "relations": SqueezedRelations(schedule="progressive", layers=layers),
+        }
     options = {
         "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
         "seed": 3, "data_seed": 3, "remove_unused_columns": False, "max_grad_norm": 0.0, **changes,
     }  # fmt: skip
     return SqueezeTrainer(
-        model=denoiser(2),
-        teacher=denoiser(4, layers=3, seed=1),
+        model=student,
+        teacher=teacher,
         args=TrainingArguments(**options),
-        objectives=objectives(),
+        objectives=compared,
         passes=passes,
         train_dataset=images(20),
         data_collator=collate or noising(),
@@ -495,11 +600,8 @@ def test_passes_and_accumulation_change_nothing(tmp_path):
         for size, steps in ((8, 1), (2, 4)):
             run = trainer(
                 tmp_path / str(size), passes=passes, per_device_train_batch_size=size,
-                gradient_accumulation_steps=steps, max_steps=5,
+                gradient_accumulation_steps=steps, max_steps=5, layers="uniform",
             )  # fmt: skip
-            # Groups must not depend on how the calibration batches are cut.
-            for name in ("attention", "relations"):
-                run.distillation.objectives[name].schedule = "progressive"
             run.train()
             runs.append(logged(run))
         for whole, parts in zip(*runs, strict=True):

@@ -228,7 +228,8 @@ class Distillation:
                 outputs[source], taught[source] = self._teach(source, mine, inputs)
         positions = sorted(set().union(*(o.student_positions for o in self.objectives.values())))
         hidden = any("hidden_states" in o.needs for o in self.objectives.values())
-        with _recording(student, positions) as learned:
+        names = {p: name for o in self.objectives.values() for p, name in o.student_names.items()}
+        with _recording(student, _calls(student, positions, names)) as learned:
             whole.student = student(**inputs, **self._loss_count(whole), **_asking_for(hidden))
         whole.learned = dict(zip(positions, learned, strict=True))
 
@@ -259,7 +260,9 @@ class Distillation:
         teacher = self.teachers[source]
         positions = sorted(set().union(*(o.teacher_positions for o in objectives)))
         hidden = any("hidden_states" in o.needs for o in objectives)
-        with torch.no_grad(), evaluating(teacher), _recording(teacher, positions) as taught:
+        names = {p: name for o in objectives for p, name in o.teacher_names.items()}
+        layers = _calls(teacher, positions, names)
+        with torch.no_grad(), evaluating(teacher), _recording(teacher, layers) as taught:
             outputs = teacher(**_without_labels(inputs), **_asking_for(hidden))
         return outputs, dict(zip(positions, taught, strict=True))
 
@@ -322,9 +325,17 @@ def _asking_for(hidden_states: bool) -> dict[str, bool]:
     return {"output_hidden_states": True} if hidden_states else {}
 
 
-def _recording(model: nn.Module, positions: list[int] | None) -> Any:
+def _calls(model: nn.Module, positions: list[int], names: Mapping[int, str]) -> Sequence[str | int]:
+    """How planned attention calls are told apart: by their position; by module path where the model says that it runs
+    each layer at most once, but not always the same ones."""
+    if any(getattr(module, "each_layer_once", False) for module in model.modules()) and names.keys() >= set(positions):
+        return [names[position] for position in positions]
+    return positions
+
+
+def _recording(model: nn.Module, layers: Sequence[str | int] | None) -> Any:
     """Record these layers; ``None`` is all."""
-    return nullcontext([]) if positions == [] else record_attention(model, layers=positions)
+    return nullcontext([]) if layers is not None and not layers else record_attention(model, layers=layers)
 
 
 @contextmanager

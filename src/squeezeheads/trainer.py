@@ -300,7 +300,7 @@ class SqueezeTrainer(Trainer):
                 data, "Calibration", batch_size=self._train_batch_size, sampler_fn=self._get_eval_sampler
             )
             for batch in loader:
-                batches.append(self.passes(self._prepare_inputs(batch))[0])
+                batches.append(dict(self.passes(self._prepare_inputs(batch))[0]))
                 if len(batches) == wanted:
                     break
         random.setstate(python)

@@ -16,6 +16,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from squeezeheads.diffusion.loss import DiffusionLoss
+from squeezeheads.models import MDTTransformer2DModel
 
 
 @dataclass
@@ -53,6 +54,9 @@ class Denoiser(nn.Module):
         model: the inner model.
         loss: ``None`` for a model that is only asked for predictions.
     """
+
+    each_layer_once = True
+    """For ``Distillation``: passes may run other layers (MDT's masked pass): planned ones are known by their path."""
 
     def __init__(self, model: nn.Module, loss: DiffusionLoss | None = None) -> None:
         super().__init__()
@@ -123,6 +127,11 @@ class Denoiser(nn.Module):
         """Number of parameters of the inner model."""
         return sum(p.numel() for p in self.model.parameters())
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of an image, N."""
+        return (self.config.options["sample_size"] // self.config.options["patch_size"]) ** 2
+
     def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: Any = None) -> None:
         """As transformers' models have it, for the trainer."""
         self.model.enable_gradient_checkpointing()  # type: ignore[operator]
@@ -134,7 +143,7 @@ class Denoiser(nn.Module):
 
 def model_types() -> dict[str, type[nn.Module]]:
     """Kinds of denoisers by the names that recipes use."""
-    return {"dit": DiTTransformer2DModel}
+    return {"dit": DiTTransformer2DModel, "mdt": MDTTransformer2DModel}
 
 
 def model_type_of(model: nn.Module) -> str:
@@ -202,6 +211,9 @@ def load_model(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 def token_modules(model: nn.Module) -> list[nn.Module]:
     """The modules after which tokens are hidden states, in order of execution: embedding, then blocks."""
     inner: Any = model
+    if isinstance(model, MDTTransformer2DModel):
+        # The side-interpolater runs in masked passes alone: it is no layer that could be counted.
+        return [inner.patch_embed, *inner.encoder_in_blocks, *inner.encoder_out_blocks, *inner.decoder_blocks]
     return [inner.pos_embed, *inner.transformer_blocks]
 
 

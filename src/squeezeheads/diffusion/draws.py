@@ -12,6 +12,8 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from squeezeheads.models import draw_kept_tokens, draw_mask_ratio
+
 MASKED = "masked_"
 """Prefix of what the second pass of a batch has for its own."""
 
@@ -85,11 +87,9 @@ class Noising:
         batch |= self._noise(clean, timestep, generators, "")
         if self.tokens is not None:
             batch |= self._noise(clean, timestep, generators, MASKED)
-            low, high = self.mask_ratio
-            ratio = low + (high - low) * torch.rand(1, generator=generators[0]).item()
-            kept = max(1, round(self.tokens * (1 - ratio)))
-            orders = [torch.randperm(self.tokens, generator=g) for g in generators]
-            batch["keep"] = torch.stack(orders)[:, :kept].sort(1).values
+            # Each draws one, so that what follows is the same whether a sample comes first or not.
+            ratio, *_ = [draw_mask_ratio(g, *self.mask_ratio) for g in generators]
+            batch["keep"] = torch.cat([draw_kept_tokens(1, self.tokens, ratio, g) for g in generators])
         return batch
 
     def _noise(self, clean: Tensor, step: Tensor, generators: list[torch.Generator], prefix: str) -> dict[str, Tensor]:

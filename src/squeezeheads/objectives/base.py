@@ -124,6 +124,16 @@ class Objective:
         return frozenset()
 
     @property
+    def student_names(self) -> Mapping[int, str]:
+        """The module path of each of ``student_positions``, as far as the plan knows them."""
+        return {}
+
+    @property
+    def teacher_names(self) -> Mapping[int, str]:
+        """The module path of each of ``teacher_positions``, likewise."""
+        return {}
+
+    @property
     def scale(self) -> float:
         """Fixed factor of the value in the total beside ``weight``; not part of the reported value."""
         return 1.0

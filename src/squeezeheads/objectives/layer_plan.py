@@ -78,3 +78,11 @@ class PairedObjective(Objective):
     @property
     def teacher_positions(self) -> frozenset[int]:
         return frozenset(pair.teacher_position for pair in self.plan)
+
+    @property
+    def student_names(self) -> dict[int, str]:
+        return {pair.student_position: pair.student_layer for pair in self.plan}
+
+    @property
+    def teacher_names(self) -> dict[int, str]:
+        return {pair.teacher_position: pair.teacher_layer for pair in self.plan}
