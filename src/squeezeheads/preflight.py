@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.tasks import Splits, Task
-from squeezeheads.tasks.modeling import new_config, similar
+from squeezeheads.tasks.modeling import similar
 
 TEACHER_SEED = 0
 
@@ -45,15 +45,15 @@ class Models:
         for name, spec in self.recipe.named_teachers.items():
             key = self.recipe.teacher_key(name)
             if spec.path is None:
-                self.teacher_configs[name] = new_config(self.task, spec.config, f"{key}.config")
+                self.teacher_configs[name] = self.task.new_config(spec.config, f"{key}.config")
             else:
-                self.teacher_configs[name] = _pretrained_config(spec.path, f"{key}.path")
+                self.teacher_configs[name] = self.task.pretrained_config(spec.path, f"{key}.path")
         student = self.recipe.student
         if student.path is None:
             base = next(iter(self.teacher_configs.values()))
-            self.student_config = new_config(self.task, student.config, "student.config", base=base)
+            self.student_config = self.task.new_config(student.config, "student.config", base)
         else:
-            self.student_config = _pretrained_config(student.path, "student.path")
+            self.student_config = self.task.pretrained_config(student.path, "student.path")
 
     def new_teacher(self, name: str) -> PreTrainedModel:
         """The pretrained teacher, or one with random weights."""
@@ -70,13 +70,6 @@ class Models:
         if spec.path is not None:
             return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
         return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation)
-
-
-def _pretrained_config(path: str, key: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ImportError, ValueError) as error:
-        raise RecipeError(f"{key}={path!r} cannot be loaded: {error}") from error
 
 
 def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None) -> None:
@@ -117,7 +110,6 @@ def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
 def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     """One batch through all models, trained or not: what does not fit shows before hours are spent."""
     task = models.task
-    batch = task.collate([splits.train[index] for index in range(min(4, len(splits.train)))])
     try:
         teachers: dict[str, nn.Module] = {name: models.new_teacher(name) for name in recipe.named_teachers}
         student = models.new_student(recipe.seeds[0])
@@ -130,12 +122,16 @@ def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     for name, teacher in teachers.items():
         task.check_model(teacher.config, recipe.teacher_key(name))
     task.check_model(student.config, "student")
+    data = task.training_data(splits.train, student, recipe.seeds[0])
+    batch = data.collate([data.samples[index] for index in range(min(4, len(data.samples)))])
+    first, *others = data.passes(batch)
     for name, objectives in recipe.arms.items():
         try:
             trial = Distillation(teachers, copy.deepcopy(objectives), rows=task.rows, targets=task.targets)
-            trial.prepare(student, [batch])
+            trial.prepare(student, [first])
             with torch.no_grad():
-                trial(student, batch)
+                for part in (first, *others):
+                    trial(student, part)
         except (ValueError, TypeError, RuntimeError) as error:
             # RuntimeError: recording, or shapes that a model refuses.
             where = "objectives" if name == DISTILLED else f"baselines.{name}"
@@ -178,7 +174,12 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
         "seed": seed,
         "data_seed": seed,
     }
-    free = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available()}
+    free = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,  # what a sample holds is the task's matter, and its collation's
+    }
     taken = sorted(set(spec.arguments) & ({*fixed} | REFUSED))
     if taken:
         raise RecipeError(

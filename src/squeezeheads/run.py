@@ -77,7 +77,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         for name, objectives in recipe.arms.items():
             students[name].append(run.student(name, objectives, seed))
     results = {
-        "metrics": [models.task.metric, *models.task.shown],
+        "metrics": [*models.task.columns],
         "split": "test",
         "teachers": run.teacher_results(),
         "students": _with_step_ratios(students),
@@ -304,6 +304,9 @@ class _Run:
         bar: ProgressBar | None = None,
         key: str = "training",
     ) -> SqueezeTrainer:
+        data = self.task.training_data(
+            self.splits.train, model, seed, self.output / "figures" / "training" / work if bar else None
+        )
         trainer = SqueezeTrainer(
             model=model,
             teacher=self.teachers if any(o.needs for o in objectives.values()) else None,
@@ -311,9 +314,10 @@ class _Run:
             objectives=objectives,
             rows=self.task.rows,
             targets=self.task.targets,
-            train_dataset=self.splits.train,
-            data_collator=self.task.collate,
-            callbacks=[bar] if bar else None,
+            passes=data.passes,
+            train_dataset=data.samples,
+            data_collator=data.collate,
+            callbacks=[*data.callbacks, *([bar] if bar else [])],
         )
         trainer.remove_callback(PrinterCallback)  # which prints logs where Trainer shows no bar of its own
         return trainer

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from squeezeheads.distillation import labelled_targets, padding_rows
+from squeezeheads.distillation import Inputs, labelled_targets, one_pass, padding_rows
+from squeezeheads.tasks import modeling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
 
 @dataclass
@@ -33,6 +34,20 @@ class Pretrained:
     teachers: Mapping[str, str | None]
     """By the teacher's name."""
     student: str | None = None
+
+
+@dataclass
+class TrainingData:
+    """What one training sees of a task."""
+
+    samples: Sequence[Mapping[str, Any]]
+    """The training split."""
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+    """Samples as a batch."""
+    passes: Callable[[Inputs], Sequence[Inputs]] = one_pass
+    """The forward passes of a batch, see ``SqueezeTrainer``."""
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    """What goes on beside the steps."""
 
 
 @dataclass
@@ -79,6 +94,36 @@ class Task:
             RecipeError: it does not; names both.
         """
         raise NotImplementedError
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metrics of ``measure`` that the table shows, the main one first."""
+        return (self.metric, *self.shown)
+
+    def new_config(self, changes: Mapping[str, Any], key: str, base: Any = None) -> Any:
+        """The configuration of a new model, see ``modeling.new_config``."""
+        return modeling.new_config(self, changes, key, base)
+
+    def pretrained_config(self, path: str, key: str) -> Any:
+        """The configuration of a pretrained model.
+
+        Raises:
+            RecipeError: there is none; names ``key``.
+        """
+        return modeling.pretrained_config(path, key)
+
+    def training_data(
+        self, samples: Sequence[Mapping[str, Any]], model: PreTrainedModel, seed: int, pictures: Path | None = None
+    ) -> TrainingData:
+        """What the training of a model sees.
+
+        Args:
+            samples: the training split.
+            model: what is trained.
+            seed: of what is drawn anew for every sample that is seen.
+            pictures: folder for what shows how training goes; none are made without it.
+        """
+        return TrainingData(samples, self.collate)
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Samples as a batch of a model's inputs."""
