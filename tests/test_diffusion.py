@@ -540,7 +540,15 @@ def test_mdt_trains_in_two_passes_however_a_batch_is_cut(tmp_path):
 
 
 def trainer(
-    folder: Path, collate: Noising | None = None, callbacks=None, passes=two_passes, models=None, layers=None, **changes
+    folder: Path,
+    collate: Noising | None = None,
+    callbacks=None,
+    passes=two_passes,
+    models=None,
+    layers=None,
+    objectives_used=None,
+    train_dataset=None,
+    **changes,
 ) -> SqueezeTrainer:
     """``layers``: pairs in place of uniform ones, with groups that do not depend on calibration batches."""
     student, teacher = models or (denoiser(2), denoiser(4, layers=3, seed=1))
@@ -550,6 +558,8 @@ def trainer(
             "attention": SqueezedHeads(schedule="progressive", layers=layers),
             "relations": SqueezedRelations(schedule="progressive", layers=layers),
         }
+    if objectives_used is not None:
+        compared = {name: compared[name] for name in objectives_used}
     options = {
         "output_dir": str(folder), "max_steps": 4, "per_device_train_batch_size": 8, "learning_rate": 1e-3,
         "logging_steps": 1, "save_strategy": "no", "report_to": "none", "disable_tqdm": True, "use_cpu": True,
@@ -561,7 +571,7 @@ def trainer(
         args=TrainingArguments(**options),
         objectives=compared,
         passes=passes,
-        train_dataset=images(20),
+        train_dataset=images(20) if train_dataset is None else train_dataset,
         data_collator=collate or noising(),
         callbacks=callbacks,
     )

@@ -126,6 +126,9 @@ def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     batch = data.collate([data.samples[index] for index in range(min(4, len(data.samples)))])
     first, *others = data.passes(batch)
     for name, objectives in recipe.arms.items():
+        where = "objectives" if name == DISTILLED else f"baselines.{name}"
+        for objective_name, objective in objectives.items():
+            task.check_objective(objective, f"{where}.{objective_name}")
         try:
             trial = Distillation(teachers, copy.deepcopy(objectives), rows=task.rows, targets=task.targets)
             trial.prepare(student, [first])
@@ -134,7 +137,6 @@ def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
                     trial(student, part)
         except (ValueError, TypeError, RuntimeError) as error:
             # RuntimeError: recording, or shapes that a model refuses.
-            where = "objectives" if name == DISTILLED else f"baselines.{name}"
             raise RecipeError(f"{where}: {error}") from error
 
 

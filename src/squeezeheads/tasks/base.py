@@ -17,6 +17,8 @@ from squeezeheads.tasks import modeling
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
 
+    from squeezeheads.objectives import Objective
+
 
 @dataclass
 class Splits:
@@ -111,6 +113,13 @@ class Task:
             RecipeError: there is none; names ``key``.
         """
         return modeling.pretrained_config(path, key)
+
+    def check_objective(self, objective: Objective, key: str) -> None:
+        """Whether an objective makes sense for this task.
+
+        Raises:
+            RecipeError: it does not; names ``key``.
+        """
 
     def training_data(
         self, samples: Sequence[Mapping[str, Any]], model: PreTrainedModel, seed: int, pictures: Path | None = None

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from squeezeheads.distillation import evaluating
 from squeezeheads.errors import RecipeError
+from squeezeheads.objectives import Objective
+from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
 from squeezeheads.tasks.modeling import check_count, similar
 
@@ -280,6 +282,12 @@ class ImageGeneration(Task):
             raise RecipeError(
                 f"{whose} has out_channels={config.options['out_channels']}: expected {channels}, or {2 * channels} "
                 "with a learned variance."
+            )
+
+    def check_objective(self, objective: Objective, key: str) -> None:
+        if isinstance(objective, LogitObjective):
+            raise RecipeError(
+                f"{key} compares distributions over classes, and a denoiser predicts noise: use prediction_matching."
             )
 
     def build(self, config: DenoiserConfig, attn_implementation: str) -> Denoiser:
