@@ -22,13 +22,15 @@ class SeededImages(Sequence[dict[str, Any]]):
     """Images with their class, and a seed that differs between samples and epochs.
 
     Args:
-        images: (n, C, H, W).
+        images: (C, H, W) each.
         labels: (n,) classes.
         seed: of all draws.
         chosen: which of the images; all by default.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, seed: int = 0, chosen: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, images: Sequence[Tensor] | Tensor, labels: Tensor, seed: int = 0, chosen: Sequence[int] | None = None
+    ) -> None:
         self.images, self.labels, self.seed = images, labels, seed
         self.chosen = range(len(images)) if chosen is None else chosen
         self.epoch = 0

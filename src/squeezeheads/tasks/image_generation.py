@@ -17,6 +17,7 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
+from squeezeheads.tasks.image_files import Images, read_digits, read_images
 from squeezeheads.tasks.modeling import check_count, similar
 
 if TYPE_CHECKING:
@@ -127,11 +128,19 @@ class ImageGeneration(Task):
     """
 
     data: str = "digits"
-    """Images. "digits": the 1,797 handwritten digits of 8 × 8 pixels that scikit-learn ships."""
+    """Images. "digits": the 1,797 handwritten digits of 8 × 8 pixels that scikit-learn ships; or a folder: with IDX
+    files named as Fashion-MNIST's, or with a folder of images for each class, perhaps under train/, and test/ or
+    val/."""
+    image_size: int | None = None
+    """Height and width that image files are scaled and cropped to; IDX files keep their own."""
+    autoencoder: str | None = None
+    """Folder or hub name of an AutoencoderKL of diffusers, in whose latents images are denoised. Left out: pixels."""
+    latent_cache: str = ".cache/latents"
+    """Folder where latents are kept, once encoded; by the files and the autoencoder's weights."""
     validation_size: int = 297
-    """Images held out for choices."""
+    """Images of the training part held out for choices."""
     test_size: int = 500
-    """Images held out for the report."""
+    """Images held out for the report: of the data's own test part where it has one."""
     split_seed: int = 0
     """Seed of the split; classes are spread evenly."""
     diffusion: DiffusionSpec = field(default_factory=DiffusionSpec)
@@ -158,21 +167,56 @@ class ImageGeneration(Task):
     # -- data --------------------------------------------------------------------------------------------------------
 
     def load_data(self, pretrained: Pretrained) -> Splits:
-        """Images (C, H, W) from −1 to 1 and their classes, each with a seed for its draws."""
+        """Images or latents and their classes, each with a seed for its draws."""
         from squeezeheads.diffusion.draws import SeededImages
 
-        images, labels = _digits()
-        self._classes = int(labels.max()) + 1
-        self._shape = tuple(images.shape[1:])
-        train, validation, test = _split(labels, self.validation_size, self.test_size, self.split_seed)
+        if self.data == "digits":
+            images, own_test = read_digits(), None
+        else:
+            images, own_test = read_images(Path(self.data), self.image_size)
+        channels, height, width = images[0].shape
+        if height != width:
+            raise RecipeError(f"data={self.data!r} has images of {height} × {width} pixels: expected squares.")
+        labels = images.labels
+        train, validation, test = _split(labels, self.validation_size, self.test_size, self.split_seed, own_test)
+        self._classes = len(images.names)
+        self._shape: tuple[int, int] = (channels, height)
+        tested = images if own_test is None else own_test
+        self._test_pixels: tuple[Images, list[int]] = (tested, test)
+        clean, clean_test = self._encoded(images), self._encoded(tested) if tested is not images else None
         return Splits(
-            SeededImages(images, labels, 0, train),
-            SeededImages(images, labels, MEASURE_SEED, validation),
-            SeededImages(images, labels, MEASURE_SEED, test),
+            SeededImages(clean, labels, 0, train),
+            SeededImages(clean, labels, MEASURE_SEED, validation),
+            SeededImages(clean if clean_test is None else clean_test, tested.labels, MEASURE_SEED, test),
         )
 
+    def _encoded(self, images: Images) -> Sequence[Tensor]:
+        """The images' latents where there is an autoencoder."""
+        if self._vae is None:
+            return images
+        from squeezeheads.diffusion.latents import encode_images, latent_size
+
+        try:
+            self._shape = latent_size(self._vae, images[0].shape[-1])
+        except ValueError as error:
+            raise RecipeError(f"autoencoder={self.autoencoder!r}: {error}") from error
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return encode_images(images, images.identity, self._vae.to(device), Path(self.latent_cache), told=print)
+
+    @cached_property
+    def _vae(self) -> Any:
+        """The autoencoder, if there is one."""
+        if self.autoencoder is None:
+            return None
+        from squeezeheads.diffusion.latents import load_autoencoder
+
+        try:
+            return load_autoencoder(self.autoencoder)
+        except (OSError, ValueError, ImportError) as error:
+            raise RecipeError(f"autoencoder={self.autoencoder!r} cannot be loaded: {error}") from error
+
     def data_config(self) -> dict[str, Any]:
-        channels, size, _ = self._shape
+        channels, size = self._shape
         return {
             "in_channels": channels,
             "out_channels": 2 * channels if self.diffusion.learned_variance else channels,
@@ -192,10 +236,15 @@ class ImageGeneration(Task):
         from diffusers import DDPMScheduler
 
         spec = self.diffusion
-        return DDPMScheduler(
-            num_train_timesteps=spec.steps, beta_schedule=spec.schedule, beta_start=spec.beta_start,
-            beta_end=spec.beta_end, prediction_type="epsilon", clip_sample=self._pixels,
-        )  # fmt: skip
+        with torch.device("cpu"):  # also where a model is planned without weights
+            return DDPMScheduler(
+                num_train_timesteps=spec.steps,
+                beta_schedule=spec.schedule,
+                beta_start=spec.beta_start,
+                beta_end=spec.beta_end,
+                prediction_type="epsilon",
+                clip_sample=self._pixels,
+            )
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return self._noising(samples)
@@ -308,16 +357,12 @@ class ImageGeneration(Task):
         from squeezeheads.diffusion.denoiser import Denoiser
         from squeezeheads.diffusion.loss import DiffusionLoss
 
-        spec = self.diffusion
-        return Denoiser(
-            model,
-            DiffusionLoss(
-                self._scheduler.betas,
-                variational_weight=spec.variational_weight,
-                min_snr=spec.min_snr,
-                levels=self._levels,
-            ),
-        )
+        spec, betas = self.diffusion, self._scheduler.betas
+        with torch.device("cpu"):
+            loss = DiffusionLoss(
+                betas, variational_weight=spec.variational_weight, min_snr=spec.min_snr, levels=self._levels
+            )
+        return Denoiser(model, loss)
 
     def save_companions(self, folder: Path) -> None:
         """The noise schedule of training, which samplers are made from."""
@@ -326,7 +371,7 @@ class ImageGeneration(Task):
     @property
     def _pixels(self) -> bool:
         """Whether images are denoised as they are, and not their latents."""
-        return True
+        return self.autoencoder is None
 
     @property
     def _levels(self) -> int:
@@ -363,7 +408,8 @@ class ImageGeneration(Task):
             return metrics
         labels = torch.arange(spec.images) % self._classes
         generated = self.generate(model, labels)
-        real = self._pictures([samples[i]["clean"] for i in range(min(len(samples), spec.images))])
+        images, chosen = self._test_pixels
+        real = torch.stack([images[i] for i in chosen[: spec.images]]) / 2 + 0.5
         module: Any = torch.nn.Flatten() if spec.features == "pixels" else self._image_model(spec.features, False)
         known, found = (features_of(module, images, spec.batch_size) for images in (real, generated))
         metrics["frechet_distance"] = frechet_distance(known, found)
@@ -391,7 +437,8 @@ class ImageGeneration(Task):
 
         learned = model.model.config.out_channels == 2 * model.model.config.in_channels
         scheduler = make_sampler(self.sampling.sampler, self._scheduler, learned, pixels=self._pixels)
-        return ClassConditionalPipeline(model.model, scheduler)
+        vae = None if self._vae is None else self._vae.to(model.device)
+        return ClassConditionalPipeline(model.model, scheduler, vae)
 
     def generate(self, model: Any, labels: Tensor) -> Tensor:
         """(n, C, H, W) images from 0 to 1, one a label, in eval mode; draws on no global generator."""
@@ -412,31 +459,33 @@ class ImageGeneration(Task):
         labels = torch.arange(min(self._classes, 10)).repeat_interleave(columns)
         sample_grid(self.generate(model, labels), columns, file)
 
-    def _pictures(self, clean: Sequence[Tensor]) -> Tensor:
-        """Clean images of samples as they are generated: from 0 to 1."""
-        return torch.stack(list(clean)) / 2 + 0.5
-
 
 def _check_kernel(attn_implementation: str) -> None:
     if attn_implementation != "sdpa":
         raise ValueError(f"attn_implementation={attn_implementation!r}: diffusers' transformers run on sdpa here.")
 
 
-def _digits() -> tuple[Tensor, Tensor]:
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor(images / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8), torch.tensor(labels)
-
-
-def _split(labels: Tensor, validation: int, test: int, seed: int) -> tuple[list[int], list[int], list[int]]:
-    """Training, validation and test indices, classes spread evenly."""
+def _split(
+    labels: Tensor, validation: int, test: int, seed: int, own_test: Images | None
+) -> tuple[list[int], list[int], list[int]]:
+    """Training, validation and test indices, classes spread evenly; test indices are those of ``own_test`` where it is
+    there."""
     from sklearn.model_selection import train_test_split
 
-    if validation + test > len(labels) - 10:
-        raise RecipeError(
-            f"validation_size={validation}, test_size={test} leave fewer than 10 of {len(labels)} images to train on."
-        )
-    rest, held = train_test_split(range(len(labels)), test_size=test, stratify=labels, random_state=seed)
-    train, chosen = train_test_split(rest, test_size=validation, stratify=labels[rest], random_state=seed)
-    return train, chosen, held
+    held = validation + (test if own_test is None else 0)
+    if held > len(labels) - 10:
+        raise RecipeError(f"{held} images for validation and test leave fewer than 10 of {len(labels)} to train on.")
+    rest: list[int] = list(range(len(labels)))
+    chosen: list[int]
+    try:
+        if own_test is None:
+            rest, chosen = train_test_split(rest, test_size=test, stratify=labels, random_state=seed)
+        elif test < len(own_test):
+            every = range(len(own_test))
+            _, chosen = train_test_split(every, test_size=test, stratify=own_test.labels, random_state=seed)
+        else:
+            chosen = list(range(len(own_test)))
+        train, chosen_too = train_test_split(rest, test_size=validation, stratify=labels[rest], random_state=seed)
+    except ValueError as error:
+        raise RecipeError(f"the images cannot be split with classes spread evenly: {error}") from error
+    return train, chosen_too, chosen

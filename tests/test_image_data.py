@@ -1,0 +1,222 @@
+"""Images for generation: files, splits, latents that are encoded once."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image
+from safetensors.torch import load_file
+
+from squeezeheads.diffusion import latents
+from squeezeheads.diffusion.latents import encode_images, latent_size, load_autoencoder
+from squeezeheads.errors import RecipeError
+from squeezeheads.tasks import ImageGeneration, Pretrained
+from squeezeheads.tasks.image_files import ArrayImages, FolderImages, read_digits, read_idx, read_images
+
+FASHION = Path("/usr/share/datasets/fashion-mnist")
+
+
+def idx(array: np.ndarray) -> bytes:
+    return b"\x00\x00\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+@pytest.fixture
+def idx_folder(tmp_path):
+    rng = np.random.default_rng(0)
+    for part, count in (("train", 60), ("t10k", 40)):
+        images = rng.integers(0, 256, (count, 12, 12), dtype=np.uint8)
+        labels = (np.arange(count) % 4).astype(np.uint8)
+        (tmp_path / f"{part}-images-idx3-ubyte.gz").write_bytes(gzip.compress(idx(images)))
+        (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(idx(labels))
+    return tmp_path
+
+
+def image_folder(folder: Path, classes: dict[str, int], size: tuple[int, int] = (20, 14)) -> Path:
+    for name, count in classes.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            shade = np.full((size[1], size[0], 3), 10 * i, dtype=np.uint8)
+            shade[:, : (size[0] - size[1]) // 2] = 255  # what cropping takes away
+            Image.fromarray(shade).save(folder / name / f"{i:02d}.png")
+    return folder
+
+
+def test_idx_files_are_read_as_they_were_written(idx_folder):
+    train, test = read_images(idx_folder, None)
+    assert (len(train), len(test), train.names) == (60, 40, ["0", "1", "2", "3"])
+    raw = np.frombuffer(gzip.decompress((idx_folder / "train-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
+    expected = raw.reshape(60, 12, 12)[7] / 127.5 - 1
+    np.testing.assert_allclose(train[7][0].numpy(), expected, atol=1e-6)
+    assert train.labels[7] == 3
+
+
+@pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not installed: make assets-data")
+def test_fashion_mnist_is_read():
+    train, test = read_images(FASHION, None)
+    assert (len(train), len(test)) == (60000, 10000)
+    assert train.labels.bincount().tolist() == [6000] * 10 and train[0].shape == (1, 28, 28)
+    assert train[0].min() == -1 and train[0].max() == 1
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"\x00\x00\x0d\x01\x00\x00\x00\x01\x00", "no IDX file of bytes"),
+        (idx(np.zeros((4, 3), np.uint8))[:-2], "cut off"),
+    ],
+)
+def test_damaged_idx_files_are_named(tmp_path, data, message):
+    path = tmp_path / "x-ubyte"
+    path.write_bytes(data)
+    with pytest.raises(RecipeError, match=f"x-ubyte: {message}"):
+        read_idx(path)
+
+
+def test_a_truncated_archive_is_named(tmp_path):
+    path = tmp_path / "x-ubyte.gz"
+    path.write_bytes(gzip.compress(idx(np.zeros((40, 3), np.uint8)))[:-9])
+    with pytest.raises(RecipeError, match=r"x-ubyte\.gz"):
+        read_idx(path)
+
+
+def test_image_files_are_scaled_and_cropped_in_the_middle(tmp_path):
+    images = FolderImages(image_folder(tmp_path, {"b": 3, "a": 2}), 7)
+    assert images.names == ["a", "b"] and images.labels.tolist() == [0, 0, 1, 1, 1]
+    assert images[3].shape == (3, 7, 7)
+    inner = images[3][:, :, 2:]  # the crop's edge mixes with what lies beyond
+    torch.testing.assert_close(inner, torch.full_like(inner, 10 / 127.5 - 1), atol=0.03, rtol=0)
+    before = images.identity
+    (tmp_path / "a" / "00.png").write_bytes((tmp_path / "b" / "02.png").read_bytes() + b"\x00")
+    assert images.identity != before
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path):
+    with pytest.raises(RecipeError, match="nowhere"):
+        read_images(tmp_path / "nowhere", 8)
+    with pytest.raises(RecipeError, match="neither IDX files"):
+        read_images(tmp_path, 8)
+    image_folder(tmp_path / "train", {"a": 1, "b": 1})
+    image_folder(tmp_path / "test", {"a": 1, "c": 1})
+    with pytest.raises(RecipeError, match="other classes: b, c"):
+        read_images(tmp_path, 8)
+    with pytest.raises(RecipeError, match="image_size"):
+        read_images(tmp_path, None)
+    (tmp_path / "train" / "a" / "00.png").write_bytes(b"no image")
+    with pytest.raises(RecipeError, match=r"00\.png"):
+        FolderImages(tmp_path / "train", 8)[0]
+    (tmp_path / "train" / "empty").mkdir()
+    with pytest.raises(RecipeError, match="empty: no image"):
+        FolderImages(tmp_path / "train", 8)
+
+
+def load(**options):
+    task = ImageGeneration(**options)
+    return task, task.load_data(Pretrained({"teacher": None}))
+
+
+def test_splits_do_not_share_images_and_keep_classes_even(idx_folder):
+    _, splits = load(validation_size=50, test_size=100)
+    parts = [set(part.chosen) for part in (splits.train, splits.validation, splits.test)]
+    assert [len(part) for part in parts] == [1647, 50, 100]
+    assert not parts[0] & parts[1] and not parts[0] & parts[2] and not parts[1] & parts[2]
+    counts = splits.test.labels[list(parts[2])].bincount()
+    assert counts.min() >= 9 and counts.max() <= 11
+    task, splits = load(data=str(idx_folder), validation_size=20, test_size=12)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [40, 20, 12]
+    assert splits.test.images is not splits.train.images, "the data's own test part"
+    assert task.data_config() == {"in_channels": 1, "out_channels": 2, "sample_size": 12, "num_embeds_ada_norm": 4}
+    assert len(load(data=str(idx_folder), validation_size=20, test_size=1000)[1].test) == 40
+    with pytest.raises(RecipeError, match="55 images for validation and test leave fewer than 10 of 60"):
+        load(data=str(idx_folder), validation_size=55)
+
+
+def test_validation_and_test_draw_the_same_every_time():
+    task, splits = load()
+    again = load()[1]
+    for part in ("validation", "test"):
+        a, b = (task.collate([getattr(s, part)[i] for i in range(5)]) for s in (splits, again))
+        assert all(torch.equal(a[key], b[key]) for key in a)
+
+
+# -- latents ---------------------------------------------------------------------------------------------------------
+
+
+def autoencoder(seed: int = 0, channels: int = 1) -> AutoencoderKL:
+    torch.manual_seed(seed)
+    return AutoencoderKL(
+        in_channels=channels, out_channels=channels, latent_channels=2, block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4,
+        sample_size=8, scaling_factor=0.7,
+    ).eval()  # fmt: skip
+
+
+def test_latents_are_those_of_the_autoencoder_and_encoded_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(latents, "PART", 4)
+    vae, digits = autoencoder(), read_digits()
+    images = ArrayImages(digits.pixels[:10], digits.labels[:10], 16)
+    told = []
+    found = encode_images(images, images.identity, vae, tmp_path, batch_size=3, told=told.append)
+    pixels = torch.stack([images[i] for i in range(10)])
+    with torch.no_grad():
+        expected = vae.encode(pixels).latent_dist.mean * 0.7
+    assert len(found) == 10 and len(told) == 1
+    torch.testing.assert_close(torch.stack([found[i] for i in range(10)]), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(pickle.loads(pickle.dumps(found))[9], expected[9], rtol=1e-4, atol=1e-5)
+    (folder,) = tmp_path.iterdir()
+    assert [len(load_file(file)["latents"]) for file in sorted(folder.iterdir())] == [4, 4, 2]
+
+    # Again: nothing is encoded. One part is missing: that part alone is.
+    def refuse(*_):
+        raise AssertionError("encoded again")
+
+    calls, encode = [], vae.encode
+    monkeypatch.setattr(vae, "encode", refuse)
+    encode_images(images, images.identity, vae, tmp_path)
+    monkeypatch.setattr(vae, "encode", lambda x: calls.append(len(x)) or encode(x))
+    sorted(folder.iterdir())[1].unlink()
+    again = encode_images(images, images.identity, vae, tmp_path)
+    assert calls == [4] and torch.equal(again[5], found[5])
+
+    # Another autoencoder, other images, another factor: a folder of their own.
+    with torch.no_grad():
+        next(vae.parameters()).view(-1)[0] += 1e-3
+    encode_images(images, images.identity, vae, tmp_path)
+    encode_images(images, [*images.identity, "changed"], vae, tmp_path)
+    vae.register_to_config(scaling_factor=0.8)
+    encode_images(images, images.identity, vae, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_sizes_that_the_autoencoder_does_not_divide_are_named():
+    assert latent_size(autoencoder(), 8) == (2, 4)
+    with pytest.raises(ValueError, match="image_size=7 is no multiple of 2"):
+        latent_size(autoencoder(), 7)
+
+
+def test_denoising_in_latents(tmp_path):
+    """Models are made for the latents, noise is added to them, and generated images are decoded."""
+    autoencoder().save_pretrained(tmp_path / "vae")
+    task, splits = load(autoencoder=str(tmp_path / "vae"), latent_cache=str(tmp_path / "cache"))
+    assert task.data_config() == {"in_channels": 2, "out_channels": 4, "sample_size": 4, "num_embeds_ada_norm": 10}
+    given = task.collate([splits.train[i] for i in range(3)])
+    vae = load_autoencoder(str(tmp_path / "vae"))
+    digits = read_digits()
+    pixels = torch.stack([digits[splits.train.chosen[i]] for i in range(3)])
+    torch.testing.assert_close(given["clean"], vae.encode(pixels).latent_dist.mode() * 0.7, rtol=1e-4, atol=1e-5)
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "patch_size": 2}
+    model = task.build(task.new_config({"model_type": "dit", **sizes}, "teacher.config"), "sdpa")
+    task.sampling.steps, task.sampling.images = 2, 20
+    images = task.generate(model, torch.tensor([1, 2]))
+    assert images.shape == (2, 1, 8, 8)
+    assert not task.pipeline(model).scheduler.config.clip_sample, "latents are not kept within -1 and 1"
+    metrics = task.measure(model, splits.test, 10)
+    assert metrics["frechet_distance"] > 0 and metrics["noise_error"] > 0.5
+    with pytest.raises(RecipeError, match="nowhere"):
+        load(autoencoder=str(tmp_path / "nowhere"))
