@@ -175,6 +175,15 @@ def test_parts_add_up_in_their_units():
     torch.testing.assert_close(DiffusionLoss(betas(), variational_weight=0)(prediction, **given), squared)
 
 
+def test_the_variational_term_trains_the_variance_alone():
+    given = noised()
+    prediction = torch.randn(6, 4, 3, 3, dtype=torch.float64, requires_grad=True)
+    (grad,) = torch.autograd.grad(DiffusionLoss(betas())(prediction, **given).sum(), prediction)
+    expected = 2 * (prediction[:, :2] - given["noise"]) / (2 * 3 * 3)
+    torch.testing.assert_close(grad[:, :2], expected.detach())
+    assert (grad[:, 2:] != 0).all()
+
+
 def test_min_snr_by_hand():
     """Two steps of β = ½: ᾱ = ½, ¼; SNR = 1, ⅓. With k = ½: weights ½ and 1."""
     loss = DiffusionLoss(torch.tensor([0.5, 0.5]), min_snr=0.5)

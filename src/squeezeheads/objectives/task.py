@@ -13,8 +13,8 @@ from squeezeheads.objectives.base import Evidence, Objective
 
 @dataclass
 class TaskLoss(Objective):
-    """The loss that the student itself returns for the batch's labels (cross-entropy for transformers' classifiers and
-    language models): nats per prediction."""
+    """The loss that the student itself returns for the batch (cross-entropy for transformers' classifiers and language
+    models: nats per prediction; for denoisers the error of the predicted noise, see ``DiffusionLoss``)."""
 
     unit: ClassVar[str] = "nats per prediction"
 
