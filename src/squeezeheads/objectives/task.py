@@ -16,7 +16,7 @@ class TaskLoss(Objective):
     """The loss that the student itself returns for the batch (cross-entropy for transformers' classifiers and language
     models: nats per prediction; for denoisers the error of the predicted noise, see ``DiffusionLoss``)."""
 
-    unit: ClassVar[str] = "nats per prediction"
+    unit: ClassVar[str] = "nats per prediction; of denoisers, squared error per element"
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """The student's own mean loss.
