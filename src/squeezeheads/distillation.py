@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from squeezeheads.objectives import Evidence, Objective
 from squeezeheads.recording import record_attention
+from squeezeheads.token_layout import known_layout
 
 Inputs = Mapping[str, Any]
 
@@ -74,7 +75,8 @@ class Distillation:
         teacher: any model; or several by name; ``None`` if no objective needs one. With several, an objective learns
             from the one that its ``teacher`` names; logit objectives that name none, from the mean of all logits.
         objectives: name → objective. Values are reported under these names.
-        rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding.
+        rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding. Where the
+            teacher has other special tokens, these are the student's rows.
         targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for
             all. Default: labels other than -100. For causal language models pass ``next_token_targets``.
         loss_takes_count: whether the student takes ``num_items_in_batch`` and divides its summed loss by it, as
@@ -149,7 +151,13 @@ class Distillation:
             if source not in observed:
                 mine = [o for n, o in unprepared.items() if self._sources[n] == [source]]
                 observed[source] = self._observe(source, mine, batches)
-                observed[source][0] = replace(observed[source][0], student=outputs, learned=dict(enumerate(learned)))
+                observed[source][0] = replace(
+                    observed[source][0],
+                    student=outputs,
+                    learned=dict(enumerate(learned)),
+                    student_layout=known_layout(student),
+                    teacher_layout=known_layout(self.teachers[source]),
+                )
             twin = self._twin(name)
             if twin is not None:
                 objective.plan_from_json(twin.plan_to_json())

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from squeezeheads.attention import AttentionRecord
+from squeezeheads.token_layout import Layout
 
 
 @dataclass
@@ -31,6 +32,10 @@ class Evidence:
     """(B, Q): query rows that count for attention; ``None`` counts all."""
     targets: Tensor | None = None
     """Bool, the shape of the logits less their last dimension: the predictions that count; ``None`` counts all."""
+    student_layout: Layout | None = None
+    """The kinds of the student's special tokens, known in ``prepare`` alone; ``None`` where its model does not tell."""
+    teacher_layout: Layout | None = None
+    """The teacher's, likewise."""
 
 
 @dataclass
