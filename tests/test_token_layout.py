@@ -298,3 +298,13 @@ def test_mistakes_are_named():
 def test_given_layouts_are_part_of_what_a_plan_holds_for():
     assert SqueezedHeads().plan_options != SqueezedHeads(teacher_tokens=["class"]).plan_options
     assert "teacher_tokens" not in SqueezedHeads().plan_options, "plans of earlier runs stay good"
+
+
+def test_similar_groups_are_found_on_the_compared_rows():
+    student, teacher = records(CLASS, REGISTERS, seed=0)
+    theirs = [0, *range(3, 8)]
+    compared = oracle.similar_groups([by_hand(teacher, theirs, [*range(8)])], 3)
+    assert compared != oracle.similar_groups([teacher], 3), "another seed is needed: rows make no difference here"
+    objective = SqueezedHeads(student_tokens=["class"], teacher_tokens=list(REGISTERS))
+    objective.prepare([Evidence({}, None, learned={0: student}, taught={0: teacher})])
+    assert objective.plan[0].groups == compared
