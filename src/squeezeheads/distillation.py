@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.objectives import Evidence, Objective
+from squeezeheads.objectives import PROBABILITIES, Evidence, Objective
 from squeezeheads.recording import record_attention
 from squeezeheads.token_layout import known_layout
 
@@ -214,7 +214,8 @@ class Distillation:
         """The losses of one batch.
 
         Args:
-            student: the model that learns; called as ``student(**inputs)``.
+            student: the model that learns; called as ``student(**inputs)``, without ``label_probabilities``, which are
+                for the task objective alone.
             inputs: the batch, on the models' device.
             progress: share of training done, from 0 to 1; weights may decay with it.
             counts: items of the whole batch that ``inputs`` is a part of (gradient accumulation, several processes),
@@ -232,7 +233,8 @@ class Distillation:
         positions = sorted(set().union(*(o.student_positions for o in self.objectives.values())))
         hidden = any("hidden_states" in o.needs for o in self.objectives.values())
         with _recording(student, positions) as learned:
-            whole.student = student(**inputs, **self._loss_count(whole), **_asking_for(hidden))
+            own = _without(inputs, PROBABILITIES)
+            whole.student = student(**own, **self._loss_count(whole), **_asking_for(hidden))
         whole.learned = dict(zip(positions, learned, strict=True))
 
         terms: dict[str, Tensor] = {}
@@ -318,7 +320,11 @@ def _count(objective: Objective, inputs: Inputs, rows: Tensor | None, targets: T
 
 
 def _without_labels(inputs: Inputs) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if key != "labels"}
+    return _without(inputs, "labels", PROBABILITIES)
+
+
+def _without(inputs: Inputs, *names: str) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key not in names}
 
 
 def _asking_for(hidden_states: bool) -> dict[str, bool]:
@@ -345,6 +351,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 __all__ = [
     "ONLY",
+    "PROBABILITIES",
     "Distillation",
     "DistillationOutput",
     "evaluating",

@@ -212,7 +212,7 @@ class _Run:
             trainer = self._trainer(teacher, {"task": TaskLoss()}, training, TEACHER_SEED, name, bar, key=key)
             _train(trainer)
             teacher.save_pretrained(folder)
-            self.task.save_companions(folder)
+            self.task.save_companions(folder, spec.path)
         teacher = self._load_teacher(name, spec)
         teacher.to(training_arguments(training, "training", self.output, TEACHER_SEED).device)
         if not done.is_file():
@@ -264,7 +264,7 @@ class _Run:
         trainer = self._trainer(self.models.new_student(seed), objectives, recipe.training, seed, work, bar)
         _train(trainer)
         trainer.model.save_pretrained(folder)
-        self.task.save_companions(folder)
+        self.task.save_companions(folder, recipe.student.path)
         # What is measured is what is kept: mixed precision leaves its mark on the model in memory.
         student = self.task.load(str(folder), recipe.student.attn_implementation).to(trainer.args.device)
         size = recipe.training.batch_size

@@ -39,7 +39,7 @@ def known_layout(model: nn.Module) -> Layout | None:
     any wrapper; ``None`` where they are not known."""
     for module in model.modules():
         model_type = getattr(getattr(module, "config", None), "model_type", None)
-        if model_type in _KNOWN:
+        if isinstance(model_type, str) and model_type in _KNOWN:
             return _KNOWN[model_type](module.config)
         if isinstance(getattr(module, "num_prefix_tokens", None), int):
             return _of_timm(module)

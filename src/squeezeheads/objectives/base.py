@@ -143,6 +143,11 @@ class Objective:
         return self.weight
 
 
+PROBABILITIES = "label_probabilities"
+"""Key of a batch: (B, classes) probabilities in place of labels, where these are mixed or smoothed. No model sees
+it."""
+
+
 def logits_of(outputs: Any, whose: str) -> Tensor:
     """The logits in a model's outputs.
 
@@ -151,12 +156,17 @@ def logits_of(outputs: Any, whose: str) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         return outputs
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    logits = output_named(outputs, "logits")
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the {whose} returned {type(outputs).__name__} without logits: expected an output with logits."
         )
     return logits
+
+
+def output_named(outputs: Any, name: str) -> Any:
+    """A part of a model's outputs, ``None`` where there is none of that name."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
 def hidden_states_of(outputs: Any, whose: str) -> tuple[Tensor, ...]:
@@ -165,7 +175,7 @@ def hidden_states_of(outputs: Any, whose: str) -> tuple[Tensor, ...]:
     Raises:
         TypeError: there are none.
     """
-    states = outputs.get("hidden_states") if isinstance(outputs, Mapping) else getattr(outputs, "hidden_states", None)
+    states = output_named(outputs, "hidden_states")
     if not states or any(state.dim() != 3 for state in states):
         raise TypeError(
             f"the {whose} returned {type(outputs).__name__} without hidden states of shape (B, N, E): expected a model "
