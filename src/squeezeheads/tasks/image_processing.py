@@ -60,7 +60,10 @@ def new_processor(size: int, mean: Sequence[float], std: Sequence[float], channe
     if not crop:
         return ViTImageProcessor(size={"height": size, "width": size}, **options)
     return BitImageProcessor(
-        size={"shortest_edge": round(size / CROP_SHARE)}, crop_size={"height": size, "width": size}, **options
+        size={"shortest_edge": round(size / CROP_SHARE)},
+        crop_size={"height": size, "width": size},
+        do_convert_rgb=channels == 3,
+        **options,
     )
 
 
