@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from squeezeheads.diffusion import latents
 from squeezeheads.diffusion.latents import encode_images, latent_size, load_autoencoder
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks import ImageGeneration, Pretrained
-from squeezeheads.tasks.image_files import ArrayImages, FolderImages, read_digits, read_idx, read_images
+from squeezeheads.tasks.images import read_images
+from squeezeheads.tasks.square_images import SquareImages
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 
@@ -48,72 +50,48 @@ def image_folder(folder: Path, classes: dict[str, int], size: tuple[int, int] = 
     return folder
 
 
-def test_idx_files_are_read_as_they_were_written(idx_folder):
-    train, test = read_images(idx_folder, None)
-    assert (len(train), len(test), train.names) == (60, 40, ["0", "1", "2", "3"])
-    raw = np.frombuffer(gzip.decompress((idx_folder / "train-images-idx3-ubyte.gz").read_bytes()), np.uint8, offset=16)
-    expected = raw.reshape(60, 12, 12)[7] / 127.5 - 1
-    np.testing.assert_allclose(train[7][0].numpy(), expected, atol=1e-6)
-    assert train.labels[7] == 3
+def squares(source: str, size: int) -> SquareImages:
+    images = read_images(source, None, None)["train"]
+    return SquareImages(images, images.own_channels, size)
+
+
+def test_pixels_are_scaled_from_their_levels():
+    digits = squares("digits", 8)
+    assert digits[0].shape == (1, 8, 8) and digits[0].min() == -1 and len(digits) == 1797
+    raw = torch.from_numpy(digits.images.image(5, 1)).float()
+    assert torch.equal(digits[5], raw / 8 - 1)
 
 
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not installed: make assets-data")
-def test_fashion_mnist_is_read():
-    train, test = read_images(FASHION, None)
-    assert (len(train), len(test)) == (60000, 10000)
-    assert train.labels.bincount().tolist() == [6000] * 10 and train[0].shape == (1, 28, 28)
-    assert train[0].min() == -1 and train[0].max() == 1
-
-
-@pytest.mark.parametrize(
-    ("data", "message"),
-    [
-        (b"\x00\x00\x0d\x01\x00\x00\x00\x01\x00", "no IDX file of bytes"),
-        (idx(np.zeros((4, 3), np.uint8))[:-2], "cut off"),
-    ],
-)
-def test_damaged_idx_files_are_named(tmp_path, data, message):
-    path = tmp_path / "x-ubyte"
-    path.write_bytes(data)
-    with pytest.raises(RecipeError, match=f"x-ubyte: {message}"):
-        read_idx(path)
-
-
-def test_a_truncated_archive_is_named(tmp_path):
-    path = tmp_path / "x-ubyte.gz"
-    path.write_bytes(gzip.compress(idx(np.zeros((40, 3), np.uint8)))[:-9])
-    with pytest.raises(RecipeError, match=r"x-ubyte\.gz"):
-        read_idx(path)
+def test_fashion_mnist():
+    task, splits = load(data=str(FASHION), validation_size=1000, test_size=1000)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [59000, 1000, 1000]
+    assert splits.test.labels[splits.test.chosen].bincount().tolist() == [100] * 10
+    assert task.data_config()["sample_size"] == 28
+    clean = splits.train[0]["clean"]
+    assert clean.shape == (1, 28, 28) and clean.min() == -1 and 0.9 < clean.max() <= 1
 
 
 def test_image_files_are_scaled_and_cropped_in_the_middle(tmp_path):
-    images = FolderImages(image_folder(tmp_path, {"b": 3, "a": 2}), 7)
-    assert images.names == ["a", "b"] and images.labels.tolist() == [0, 0, 1, 1, 1]
+    image_folder(tmp_path, {"b": 3, "a": 2})
+    images = squares(str(tmp_path), 7)
+    assert images.images.classes == ["a", "b"] and images.images.labels.tolist() == [0, 0, 1, 1, 1]
     assert images[3].shape == (3, 7, 7)
     inner = images[3][:, :, 2:]  # the crop's edge mixes with what lies beyond
     torch.testing.assert_close(inner, torch.full_like(inner, 10 / 127.5 - 1), atol=0.03, rtol=0)
-    before = images.identity
-    (tmp_path / "a" / "00.png").write_bytes((tmp_path / "b" / "02.png").read_bytes() + b"\x00")
-    assert images.identity != before
+    same = squares(str(tmp_path), 7).identity
+    assert same == images.identity and squares(str(tmp_path), 8).identity != same
+    (tmp_path / "a" / "00.png").write_bytes((tmp_path / "b" / "02.png").read_bytes())
+    assert squares(str(tmp_path), 7).identity != same
 
 
-def test_folders_that_cannot_be_read_are_named(tmp_path):
-    with pytest.raises(RecipeError, match="nowhere"):
-        read_images(tmp_path / "nowhere", 8)
-    with pytest.raises(RecipeError, match="neither IDX files"):
-        read_images(tmp_path, 8)
-    image_folder(tmp_path / "train", {"a": 1, "b": 1})
-    image_folder(tmp_path / "test", {"a": 1, "c": 1})
-    with pytest.raises(RecipeError, match="other classes: b, c"):
-        read_images(tmp_path, 8)
+def test_images_of_several_sizes_need_one(tmp_path):
+    image_folder(tmp_path / "train", {"a": 20, "b": 20})
     with pytest.raises(RecipeError, match="image_size"):
-        read_images(tmp_path, None)
-    (tmp_path / "train" / "a" / "00.png").write_bytes(b"no image")
-    with pytest.raises(RecipeError, match=r"00\.png"):
-        FolderImages(tmp_path / "train", 8)[0]
-    (tmp_path / "train" / "empty").mkdir()
-    with pytest.raises(RecipeError, match="empty: no image"):
-        FolderImages(tmp_path / "train", 8)
+        load(data=str(tmp_path), validation_size=10, test_size=10)
+    task, splits = load(data=str(tmp_path), validation_size=10, test_size=10, image_size=8)
+    assert splits.train[0]["clean"].shape == (3, 8, 8)
+    assert task.data_config() == {"in_channels": 3, "out_channels": 6, "sample_size": 8, "num_embeds_ada_norm": 2}
 
 
 def load(**options):
@@ -133,8 +111,8 @@ def test_splits_do_not_share_images_and_keep_classes_even(idx_folder):
     assert splits.test.images is not splits.train.images, "the data's own test part"
     assert task.data_config() == {"in_channels": 1, "out_channels": 2, "sample_size": 12, "num_embeds_ada_norm": 4}
     assert len(load(data=str(idx_folder), validation_size=20, test_size=1000)[1].test) == 40
-    with pytest.raises(RecipeError, match="55 images for validation and test leave fewer than 10 of 60"):
-        load(data=str(idx_folder), validation_size=55)
+    with pytest.raises(RecipeError, match="validation_size=70"):
+        load(data=str(idx_folder), validation_size=70)
 
 
 def test_validation_and_test_draw_the_same_every_time():
@@ -159,8 +137,9 @@ def autoencoder(seed: int = 0, channels: int = 1) -> AutoencoderKL:
 
 def test_latents_are_those_of_the_autoencoder_and_encoded_once(tmp_path, monkeypatch):
     monkeypatch.setattr(latents, "PART", 4)
-    vae, digits = autoencoder(), read_digits()
-    images = ArrayImages(digits.pixels[:10], digits.labels[:10], 16)
+    vae = autoencoder()
+    digits = read_images("digits", None, None)["train"]
+    images = SquareImages(replace(digits, pixels=digits.pixels[:10], labels=digits.labels[:10]), 1, 8)
     told = []
     found = encode_images(images, images.identity, vae, tmp_path, batch_size=3, told=told.append)
     pixels = torch.stack([images[i] for i in range(10)])
@@ -207,7 +186,7 @@ def test_denoising_in_latents(tmp_path):
     assert task.data_config() == {"in_channels": 2, "out_channels": 4, "sample_size": 4, "num_embeds_ada_norm": 10}
     given = task.collate([splits.train[i] for i in range(3)])
     vae = load_autoencoder(str(tmp_path / "vae"))
-    digits = read_digits()
+    digits = squares("digits", 8)
     pixels = torch.stack([digits[splits.train.chosen[i]] for i in range(3)])
     torch.testing.assert_close(given["clean"], vae.encode(pixels).latent_dist.mode() * 0.7, rtol=1e-4, atol=1e-5)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "patch_size": 2}

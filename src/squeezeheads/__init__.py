@@ -13,6 +13,8 @@ from squeezeheads.distillation import Distillation
 from squeezeheads.divergence import attention_divergence
 from squeezeheads.objectives import (
     AttentionMSE,
+    DeiTHard,
+    DeiTSoft,
     HiddenStates,
     JensenShannon,
     LogitKD,
@@ -39,6 +41,8 @@ __all__ = [
     "AttentionMSE",
     "AttentionRecord",
     "AttentionRecording",
+    "DeiTHard",
+    "DeiTSoft",
     "Distillation",
     "HiddenStates",
     "JensenShannon",

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.objectives import Evidence, Objective
+from squeezeheads.objectives import PROBABILITIES, Evidence, Objective
 from squeezeheads.recording import record_attention
+from squeezeheads.token_layout import known_layout
 
 Inputs = Mapping[str, Any]
 
@@ -79,7 +80,8 @@ class Distillation:
         teacher: any model; or several by name; ``None`` if no objective needs one. With several, an objective learns
             from the one that its ``teacher`` names; logit objectives that name none, from the mean of all logits.
         objectives: name → objective. Values are reported under these names.
-        rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding.
+        rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding. Where the
+            teacher has other special tokens, these are the student's rows.
         targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for
             all. Default: labels other than -100. For causal language models pass ``next_token_targets``.
         loss_takes_count: whether the student takes ``num_items_in_batch`` and divides its summed loss by it, as
@@ -154,7 +156,13 @@ class Distillation:
             if source not in observed:
                 mine = [o for n, o in unprepared.items() if self._sources[n] == [source]]
                 observed[source] = self._observe(source, mine, batches)
-                observed[source][0] = replace(observed[source][0], student=outputs, learned=dict(enumerate(learned)))
+                observed[source][0] = replace(
+                    observed[source][0],
+                    student=outputs,
+                    learned=dict(enumerate(learned)),
+                    student_layout=known_layout(student),
+                    teacher_layout=known_layout(self.teachers[source]),
+                )
             twin = self._twin(name)
             if twin is not None:
                 objective.plan_from_json(twin.plan_to_json())
@@ -211,7 +219,8 @@ class Distillation:
         """The losses of one batch.
 
         Args:
-            student: the model that learns; called as ``student(**inputs)``.
+            student: the model that learns; called as ``student(**inputs)``, without ``label_probabilities``, which are
+                for the task objective alone.
             inputs: the batch, on the models' device.
             progress: share of training done, from 0 to 1; weights may decay with it.
             counts: items of the whole batch that ``inputs`` is a part of (gradient accumulation, several processes),
@@ -230,7 +239,8 @@ class Distillation:
         hidden = any("hidden_states" in o.needs for o in self.objectives.values())
         names = {p: name for o in self.objectives.values() for p, name in o.student_names.items()}
         with _recording(student, _calls(student, positions, names)) as learned:
-            whole.student = student(**inputs, **self._loss_count(whole), **_asking_for(hidden))
+            own = _without(inputs, PROBABILITIES)
+            whole.student = student(**own, **self._loss_count(whole), **_asking_for(hidden))
         whole.learned = dict(zip(positions, learned, strict=True))
 
         terms: dict[str, Tensor] = {}
@@ -318,7 +328,11 @@ def _count(objective: Objective, inputs: Inputs, rows: Tensor | None, targets: T
 
 
 def _without_labels(inputs: Inputs) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if key != "labels"}
+    return _without(inputs, "labels", PROBABILITIES)
+
+
+def _without(inputs: Inputs, *names: str) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key not in names}
 
 
 def _asking_for(hidden_states: bool) -> dict[str, bool]:
@@ -353,6 +367,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 __all__ = [
     "ONLY",
+    "PROBABILITIES",
     "Distillation",
     "DistillationOutput",
     "evaluating",

@@ -47,13 +47,15 @@ class Models:
             if spec.path is None:
                 self.teacher_configs[name] = self.task.new_config(spec.config, f"{key}.config")
             else:
-                self.teacher_configs[name] = self.task.pretrained_config(spec.path, f"{key}.path")
+                self.teacher_configs[name] = self.task.adapt_config(
+                    self.task.pretrained_config(spec.path, f"{key}.path")
+                )
         student = self.recipe.student
         if student.path is None:
             base = next(iter(self.teacher_configs.values()))
             self.student_config = self.task.new_config(student.config, "student.config", base)
         else:
-            self.student_config = self.task.pretrained_config(student.path, "student.path")
+            self.student_config = self.task.adapt_config(self.task.pretrained_config(student.path, "student.path"))
 
     def new_teacher(self, name: str) -> PreTrainedModel:
         """The pretrained teacher, or one with random weights."""

@@ -147,11 +147,16 @@ def _models_and_data(recipe: Recipe) -> tuple[Models, Splits]:
 
 
 def _fits_plan(model: PreTrainedModel, objective: SqueezedHeads, batch: dict[str, Any]) -> bool:
-    """Whether the plan was made for a student of these layers and heads."""
+    """Whether the plan was made for a student of these layers, heads and tokens."""
     with torch.no_grad(), record_attention(model) as recording:
         model(**{key: value for key, value in batch.items() if key != "labels"})
-    mine = {position: (record.name, record.num_heads) for position, record in enumerate(recording)}
-    return all(mine.get(layer.student_position) == (layer.student_layer, len(layer.groups)) for layer in objective.plan)
+    mine = {position: (record.name, record.num_heads, record.num_keys) for position, record in enumerate(recording)}
+    for layer in objective.plan:
+        name, heads, keys = mine.get(layer.student_position, ("", 0, 0))
+        tokens = keys if layer.tokens is None else len(layer.tokens.student) + layer.tokens.patches
+        if (name, heads, keys) != (layer.student_layer, len(layer.groups), tokens):
+            return False
+    return True
 
 
 def _attention_objectives(recipe: Recipe) -> dict[str, SqueezedHeads]:
@@ -207,7 +212,7 @@ class _Run:
             trainer = self._trainer(teacher, {"task": TaskLoss()}, training, TEACHER_SEED, name, bar, key=key)
             _train(trainer)
             teacher.save_pretrained(folder)
-            self.task.save_companions(folder)
+            self.task.save_companions(folder, spec.path)
         teacher = self._load_teacher(name, spec)
         teacher.to(training_arguments(training, "training", self.output, TEACHER_SEED).device)
         if not done.is_file():
@@ -259,7 +264,7 @@ class _Run:
         trainer = self._trainer(self.models.new_student(seed), objectives, recipe.training, seed, work, bar)
         _train(trainer)
         trainer.model.save_pretrained(folder)
-        self.task.save_companions(folder)
+        self.task.save_companions(folder, recipe.student.path)
         # What is measured is what is kept: mixed precision leaves its mark on the model in memory.
         student = self.task.load(str(folder), recipe.student.attn_implementation).to(trainer.args.device)
         size = recipe.training.batch_size

@@ -1,7 +1,9 @@
 """What a student is asked to learn: one file an objective, and the names that recipes use for them."""
 
 from squeezeheads.objectives.attention_mse import AttentionMSE
-from squeezeheads.objectives.base import Evidence, Objective
+from squeezeheads.objectives.base import PROBABILITIES, Evidence, Objective
+from squeezeheads.objectives.deit_hard import DeiTHard
+from squeezeheads.objectives.deit_soft import DeiTSoft
 from squeezeheads.objectives.hidden_states import HiddenStates
 from squeezeheads.objectives.jensen_shannon import JensenShannon
 from squeezeheads.objectives.logits import LogitKD
@@ -25,11 +27,16 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "hidden_states": HiddenStates,
     "orthogonal": OrthogonalProjection,
     "prediction_matching": PredictionMatching,
+    "deit_hard": DeiTHard,
+    "deit_soft": DeiTSoft,
 }
 
 __all__ = [
     "OBJECTIVES",
+    "PROBABILITIES",
     "AttentionMSE",
+    "DeiTHard",
+    "DeiTSoft",
     "Evidence",
     "HiddenStates",
     "JensenShannon",

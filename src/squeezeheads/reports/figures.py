@@ -50,7 +50,8 @@ def attention_figures(
     files = []
     for layer in objective.plan:
         theirs, mine = taught[layer.teacher_position], learned[layer.student_position]
-        mix = mixing_matrix(theirs, layer.groups, weights=objective.weights)[sample].cpu()
+        compared = theirs if layer.tokens is None else layer.tokens.taught(theirs)
+        mix = mixing_matrix(compared, layer.groups, weights=objective.weights)[sample].cpu()
         teacher_maps, student_maps = theirs.maps()[sample].float().cpu(), mine.maps()[sample].float().cpu()
         order = [head for group in layer.groups for head in group]
         below = [sum(map(len, layer.groups[:s])) for s in range(len(layer.groups))]  # column of a group's first head

@@ -177,5 +177,13 @@ class Task:
             path, attn_implementation=attn_implementation, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
 
-    def save_companions(self, folder: Path) -> None:
-        """Save what a model's folder needs beside the model: its tokenizer, its image processor."""
+    def adapt_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration under which a pretrained model is loaded for this data, from its own."""
+        return config
+
+    def save_companions(self, folder: Path, source: str | None = None) -> None:
+        """Save what a model's folder needs beside the model: its tokenizer, its image processor.
+
+        Args:
+            source: the pretrained model that was trained further, if the model is one.
+        """

@@ -17,8 +17,9 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
-from squeezeheads.tasks.image_files import Images, read_digits, read_images
+from squeezeheads.tasks.images import SplitPlan, read_images
 from squeezeheads.tasks.modeling import check_count, similar
+from squeezeheads.tasks.square_images import SquareImages
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -128,19 +129,25 @@ class ImageGeneration(Task):
     """
 
     data: str = "digits"
-    """Images. "digits": the 1,797 handwritten digits of 8 × 8 pixels that scikit-learn ships; or a folder: with IDX
-    files named as Fashion-MNIST's, or with a folder of images for each class, perhaps under train/, and test/ or
-    val/."""
+    """Images. "digits": the 1,797 handwritten digits of 8 × 8 pixels that scikit-learn ships; or a folder: of IDX files
+    (Fashion-MNIST), of images with a folder a class, or one that `datasets` saved; or hub:NAME."""
     image_size: int | None = None
-    """Height and width that image files are scaled and cropped to; IDX files keep their own."""
+    """Height and width that images are scaled (shorter side first) and cropped to; left out: their own, where all are
+    squares of one size."""
+    image_column: str | None = None
+    """Of a data set of `datasets` with several columns of images."""
+    label_column: str | None = None
+    """Of a data set of `datasets` with several columns of classes."""
+    test_split: str | None = None
+    """The data's split that is reported on, where it is not called test: validation for ImageNet."""
     autoencoder: str | None = None
     """Folder or hub name of an AutoencoderKL of diffusers, in whose latents images are denoised. Left out: pixels."""
     latent_cache: str = ".cache/latents"
     """Folder where latents are kept, once encoded; by the files and the autoencoder's weights."""
     validation_size: int = 297
-    """Images of the training part held out for choices."""
+    """Images held out for choices; at most so many of the data's own validation split, where it has one."""
     test_size: int = 500
-    """Images held out for the report: of the data's own test part where it has one."""
+    """Images held out for the report; at most so many of the data's own test split, where it has one."""
     split_seed: int = 0
     """Seed of the split; classes are spread evenly."""
     diffusion: DiffusionSpec = field(default_factory=DiffusionSpec)
@@ -156,6 +163,7 @@ class ImageGeneration(Task):
         for name in ("validation_size", "test_size"):
             if getattr(self, name) < 10:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 10.")
+        self._levels = 256
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -170,34 +178,35 @@ class ImageGeneration(Task):
         """Images or latents and their classes, each with a seed for its draws."""
         from squeezeheads.diffusion.draws import SeededImages
 
-        if self.data == "digits":
-            images, own_test = read_digits(), None
-        else:
-            images, own_test = read_images(Path(self.data), self.image_size)
-        channels, height, width = images[0].shape
-        if height != width:
-            raise RecipeError(f"data={self.data!r} has images of {height} × {width} pixels: expected squares.")
-        labels = images.labels
-        train, validation, test = _split(labels, self.validation_size, self.test_size, self.split_seed, own_test)
-        self._classes = len(images.names)
-        self._shape: tuple[int, int] = (channels, height)
-        tested = images if own_test is None else own_test
-        self._test_pixels: tuple[Images, list[int]] = (tested, test)
-        clean, clean_test = self._encoded(images), self._encoded(tested) if tested is not images else None
-        return Splits(
-            SeededImages(clean, labels, 0, train),
-            SeededImages(clean, labels, MEASURE_SEED, validation),
-            SeededImages(clean if clean_test is None else clean_test, tested.labels, MEASURE_SEED, test),
-        )
+        found = read_images(self.data, self.image_column, self.label_column)
+        limits = {"train": None, "validation": self.validation_size, "test": self.test_size}
+        plan = SplitPlan(self.validation_size, self.test_size, self.test_split, self.split_seed, limits)
+        parts = plan.apply(found)
+        size = self.image_size or found["train"].own_size
+        if size is None:
+            raise RecipeError(f"data={self.data!r} has images of several sizes, or no squares: give image_size.")
+        self._classes = len(found["train"].classes)
+        channels = found["train"].own_channels
+        self._shape: tuple[int, int] = (channels, size)
+        self._levels = found["train"].white + 1
+        squares = {id(part.images): SquareImages(part.images, channels, size) for part in parts.values()}
+        self._test_pixels = (squares[id(parts["test"].images)], [int(i) for i in parts["test"].indices])
+        encoded = {key: self._encoded(images) for key, images in squares.items()}
+        splits = []
+        for name, seed in (("train", 0), ("validation", MEASURE_SEED), ("test", MEASURE_SEED)):
+            images, labels = parts[name].images, torch.from_numpy(parts[name].images.labels)
+            chosen = [int(index) for index in parts[name].indices]
+            splits.append(SeededImages(encoded[id(images)], labels, seed, chosen))
+        return Splits(*splits)
 
-    def _encoded(self, images: Images) -> Sequence[Tensor]:
+    def _encoded(self, images: SquareImages) -> Sequence[Tensor]:
         """The images' latents where there is an autoencoder."""
         if self._vae is None:
             return images
         from squeezeheads.diffusion.latents import encode_images, latent_size
 
         try:
-            self._shape = latent_size(self._vae, images[0].shape[-1])
+            self._shape = latent_size(self._vae, images.size)
         except ValueError as error:
             raise RecipeError(f"autoencoder={self.autoencoder!r}: {error}") from error
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -364,7 +373,7 @@ class ImageGeneration(Task):
             )
         return Denoiser(model, loss)
 
-    def save_companions(self, folder: Path) -> None:
+    def save_companions(self, folder: Path, source: str | None = None) -> None:
         """The noise schedule of training, which samplers are made from."""
         self._scheduler.save_pretrained(folder / "scheduler")
 
@@ -372,10 +381,6 @@ class ImageGeneration(Task):
     def _pixels(self) -> bool:
         """Whether images are denoised as they are, and not their latents."""
         return self.autoencoder is None
-
-    @property
-    def _levels(self) -> int:
-        return 17 if self.data == "digits" else 256
 
     # -- measuring ---------------------------------------------------------------------------------------------------
 
@@ -463,29 +468,3 @@ class ImageGeneration(Task):
 def _check_kernel(attn_implementation: str) -> None:
     if attn_implementation != "sdpa":
         raise ValueError(f"attn_implementation={attn_implementation!r}: diffusers' transformers run on sdpa here.")
-
-
-def _split(
-    labels: Tensor, validation: int, test: int, seed: int, own_test: Images | None
-) -> tuple[list[int], list[int], list[int]]:
-    """Training, validation and test indices, classes spread evenly; test indices are those of ``own_test`` where it is
-    there."""
-    from sklearn.model_selection import train_test_split
-
-    held = validation + (test if own_test is None else 0)
-    if held > len(labels) - 10:
-        raise RecipeError(f"{held} images for validation and test leave fewer than 10 of {len(labels)} to train on.")
-    rest: list[int] = list(range(len(labels)))
-    chosen: list[int]
-    try:
-        if own_test is None:
-            rest, chosen = train_test_split(rest, test_size=test, stratify=labels, random_state=seed)
-        elif test < len(own_test):
-            every = range(len(own_test))
-            _, chosen = train_test_split(every, test_size=test, stratify=own_test.labels, random_state=seed)
-        else:
-            chosen = list(range(len(own_test)))
-        train, chosen_too = train_test_split(rest, test_size=validation, stratify=labels[rest], random_state=seed)
-    except ValueError as error:
-        raise RecipeError(f"the images cannot be split with classes spread evenly: {error}") from error
-    return train, chosen_too, chosen

@@ -245,6 +245,6 @@ class LanguageModeling(Task):
             metrics.update(run_harness(model, self._tokenizer, self.lm_eval_tasks, self.lm_eval_folder, batch_size))
         return metrics
 
-    def save_companions(self, folder: Path) -> None:
+    def save_companions(self, folder: Path, source: str | None = None) -> None:
         """The tokenizer."""
         self._tokenizer.save_pretrained(folder)
