@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from squeezeheads.token_layout import SharedTokens
+
 
 def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
     """``mean ± standard deviation`` (n − 1), the spread only where there is one; "n/a" where a value is not finite, or
@@ -80,8 +82,10 @@ def plan_table(plan: Sequence[dict[str, Any]], name: str) -> Table:
     table = Table(title=f"{name}: who teaches whom")
     table.add_column("student layer")
     table.add_column("teacher layer")
+    table.add_column("tokens compared")
     table.add_column("student head ← teacher heads")
     for layer in plan:
         heads = "   ".join(f"{s} ← {', '.join(map(str, group))}" for s, group in enumerate(layer["groups"]))
-        table.add_row(layer["student_layer"], layer["teacher_layer"], heads)
+        tokens = SharedTokens.from_json(layer.get("tokens"))
+        table.add_row(layer["student_layer"], layer["teacher_layer"], str(tokens or "all"), heads)
     return table

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from squeezeheads.errors import RecipeError, in_short
-from squeezeheads.tasks.base import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from squeezeheads.tasks.base import Task
 
 # Sizes and counts in transformers' configurations: whole numbers of at least 1, by whatever name.
 _COUNT = re.compile(
@@ -71,6 +72,20 @@ def new_config(
     except Exception as error:  # what a model raises is its own matter
         raise _refused(error, config, changes, key, f"transformers cannot build {type(config).__name__} so") from error
     return config
+
+
+def pretrained_config(path: str, key: str) -> PreTrainedConfig:
+    """The configuration in a folder or on the hub.
+
+    Raises:
+        RecipeError: there is none; names ``key``.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ImportError, ValueError) as error:
+        raise RecipeError(f"{key}={path!r} cannot be loaded: {in_short(error)}") from error
 
 
 # Configurations that list something for each layer: what kind it is, whether its positions are rotated …
@@ -156,12 +171,16 @@ def _check_changes(changes: Mapping[str, Any], config: PreTrainedConfig, key: st
     for name, value in changes.items():
         if not hasattr(config, name):
             raise RecipeError(f"{key}.{name} is no option of {type(config).__name__}.{similar(name, config.to_dict())}")
-        if (
-            _COUNT.search(name)
-            and value is not None
-            and not (isinstance(value, int | list) and value and _positive(value))
-        ):
-            raise RecipeError(f"{key}.{name}={value!r}: expected a whole number of at least 1.")
+        check_count(name, value, key)
+
+
+def check_count(name: str, value: Any, key: str) -> None:
+    """
+    Raises:
+        RecipeError: a size or a count, by its name, that is no whole number of at least 1.
+    """
+    if _COUNT.search(name) and value is not None and not (isinstance(value, int | list) and value and _positive(value)):
+        raise RecipeError(f"{key}.{name}={value!r}: expected a whole number of at least 1.")
 
 
 def _head_width(config: PreTrainedConfig) -> int | None:
