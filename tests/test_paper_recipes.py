@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig, ViTConfig
 
 from squeezeheads.objectives import SqueezedHeads
 from squeezeheads.pairing import pair_layers
@@ -15,6 +15,7 @@ from squeezeheads.preflight import Models, check_training
 from squeezeheads.recipe import Recipe, load_recipe
 from squeezeheads.recording import record_attention
 from squeezeheads.squeezing import group_heads
+from squeezeheads.tasks import ImageClassification
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "paper"
 
@@ -38,6 +39,9 @@ HUB = {
     "openai-community/gpt2-xl": gpt2(1600, 48, 25),
     "huggyllama/llama-7b": llama(4096, 11008, 32, 32),
     "models/llama-13b-dolly": llama(5120, 13824, 40, 40),
+    "facebook/deit-small-patch16-224": ViTConfig(
+        hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_labels=1000
+    ),
 }
 
 # Recipe → student layers, student heads, and by attention objective teacher layers and heads; millions of parameters.
@@ -45,6 +49,7 @@ EXPECTED = {
     "gpt2-xl-to-base": (12, 12, {"attention": (48, 25)}, {"teacher": 1557, "student": 124}),
     "gpt2-xl-to-medium": (24, 16, {"attention": (48, 25)}, {"teacher": 1557, "student": 354}),
     "gpt2-xl-to-large": (36, 20, {"attention": (48, 25)}, {"teacher": 1557, "student": 774}),
+    "deit-small-to-tiny": (12, 3, {"attention": (12, 6)}, {"teacher": 22, "student": 5}),
     "llama-13b-to-7b": (32, 32, {"attention": (40, 40)}, {"teacher": 13015, "student": 6738}),
     "babyllama": (
         16, 8, {"attention-gpt2": (24, 16), "attention-llama": (24, 8)}, {"gpt2": 704, "llama": 359, "student": 58},
@@ -60,8 +65,19 @@ def hub(monkeypatch):
 def models_of(recipe: Recipe) -> Models:
     task = recipe.chosen_task
     # In place of reading the data, whose vocabulary is all that shapes depend on.
-    task.data_config = lambda: {"vocab_size": task.vocabulary_size, "max_position_embeddings": task.block_size}
+    if isinstance(task, ImageClassification):
+        classes = {number: str(number) for number in range(1000)}
+        task.data_config = lambda: {"image_size": task.image_size, "num_channels": task.channels, "id2label": classes}
+    else:
+        task.data_config = lambda: {"vocab_size": task.vocabulary_size, "max_position_embeddings": task.block_size}
     return Models(task, recipe)
+
+
+def meta_batch(recipe: Recipe) -> dict[str, torch.Tensor]:
+    task = recipe.chosen_task
+    if isinstance(task, ImageClassification):
+        return {"pixel_values": torch.zeros(2, task.channels, task.image_size, task.image_size, device="meta")}
+    return {"input_ids": torch.zeros(2, 16, dtype=torch.long, device="meta")}
 
 
 def test_every_recipe_is_expected():
@@ -82,7 +98,7 @@ def test_recipe_is_parsed_and_planned(name, hub):
         with torch.device("meta"):
             model = models.task.build(config, "sdpa")
             with torch.no_grad(), record_attention(model) as recording:
-                model(input_ids=torch.zeros(2, 16, dtype=torch.long, device="meta"))
+                model(**meta_batch(recipe))
         records[whose], parameters[whose] = list(recording), model.num_parameters() // 10**6
     assert parameters == millions
     assert (len(records["student"]), records["student"][0].num_heads) == (layers, heads)
