@@ -29,8 +29,10 @@ def own_processor(path: str) -> Any | None:
     try:
         # An error is not taken for a file that is missing: the images would be normalised otherwise in silence.
         saved = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        if saved is None and AutoConfig.from_pretrained(path, trust_remote_code=False).model_type != "timm_wrapper":
-            return None
+        if saved is None and not getattr(
+            AutoConfig.from_pretrained(path, trust_remote_code=False), "pretrained_cfg", None
+        ):
+            return None  # only timm's configurations say in themselves how images are prepared
         return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ImportError, ValueError) as error:
         raise RecipeError(f"{path}: its image processor cannot be loaded: {error}") from error
