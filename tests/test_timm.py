@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from transformers import AutoImageProcessor, AutoModelForImageClassification, TimmWrapperConfig, set_seed
 
 from squeezeheads import Distillation, SqueezedHeads, record_attention
 from squeezeheads.cli import main
