@@ -62,7 +62,7 @@ def new_config(
     elif base is not None:
         config = copy.deepcopy(base)
         _check_changes(changes, config, key)
-        derived = _head_width(config) == getattr(config, "head_dim", None)
+        derived = _head_width(config) is not None and _head_width(config) == getattr(config, "head_dim", None)
         for name, value in changes.items():
             setattr(config, name, value)
         if derived and "head_dim" not in changes:
