@@ -50,7 +50,9 @@ def new_config(
         known = CONFIG_MAPPING[model_type]()
         _check_changes(changes, known, key)
         # transformers keeps unknown keys too: a model without position embeddings has no use for a number of positions.
-        data = {k: v for k, v in task.data_config().items() if known.attribute_map.get(k, k) in known.to_dict()}
+        # (Every configuration has labels; that of timm's models writes them under other names.)
+        options = {*known.to_dict(), "id2label", "label2id"}
+        data = {k: v for k, v in task.data_config().items() if known.attribute_map.get(k, k) in options}
         own = {known.attribute_map.get(name, name): value for name, value in changes.items()}
         data = {known.attribute_map.get(name, name): value for name, value in data.items()}
         try:
@@ -99,7 +101,7 @@ def _changed(base: PreTrainedConfig, changes: Mapping[str, Any], key: str) -> Pr
     Lists that were a choice are cut to the first layers; a model of more layers needs its own.
     """
     config = copy.deepcopy(base)
-    derived = _head_width(config) == getattr(config, "head_dim", None)
+    derived = _head_width(config) is not None and _head_width(config) == getattr(config, "head_dim", None)
     before = getattr(config, "num_hidden_layers", None)
     try:
         for name, value in changes.items():
