@@ -128,7 +128,11 @@ class ImageClassification(Task):
         self._view = self._find_view(found["train"], pretrained)
         self.augmentation.check(self._view.channels)
         channels = self._view.channels
-        return Splits(*(Samples(parts[name], channels, name == "train") for name in ("train", "validation", "test")))
+        return Splits(
+            train=Samples(parts["train"], channels, True),
+            validation=Samples(parts["validation"], channels, False),
+            test=Samples(parts["test"], channels, False),
+        )
 
     def _find_view(self, images: Any, pretrained: Pretrained) -> View:
         """The student's own processor; for a new student what the recipe gives, else the first pretrained teacher's,

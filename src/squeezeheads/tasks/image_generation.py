@@ -198,7 +198,7 @@ class ImageGeneration(Task):
             chosen = [int(index) for index in parts[name].indices]
             splits.append(SeededImages(encoded[id(images)], labels, seed, chosen))
         self._parts = list(zip(splits, parts.values(), strict=True))
-        return Splits(*splits)
+        return Splits(splits[0], splits[1], splits[2])
 
     def fingerprint(self, samples: Sequence[Mapping[str, Any]]) -> str:
         """SHA-256 of the split's stored images and labels: nothing is decoded, encoded or drawn."""

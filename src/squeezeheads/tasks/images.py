@@ -119,7 +119,7 @@ class DataSetImages(ImageSet):
 
     def stored(self, indices: NDArray[np.int64]) -> Iterator[bytes]:
         """Their files' names and sizes in bytes: to read all of a large set would take as long as an epoch."""
-        import pyarrow.compute as pc
+        import pyarrow.compute as pc  # type: ignore[import-untyped]
 
         # The column as it lies on disk: {bytes, path} an image, of which only lengths and paths are read.
         column = self.data.data.column(self.column)
