@@ -19,6 +19,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Vi
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks import ImageClassification, Pretrained
+from squeezeheads.tasks.augmentation import Augmentation
+from squeezeheads.tasks.images import DataSetImages, Part
 from squeezeheads.tasks.normalisation import Normalisation
 from test_cli import recipe  # noqa: F401 (a fixture)
 from tiny import classifier
@@ -341,3 +343,42 @@ def test_channels_that_do_not_fit_are_named(recipe, tmp_path, capsys):  # noqa: 
     options = {"teacher": {"path": str(tmp_path / "teacher")}, "student": {"path": str(tmp_path / "student")}}
     assert main(["distill", recipe(**options)]) == 2
     assert "teacher takes images of 3 channels, the data is read with 1" in capsys.readouterr().err
+
+
+def test_fingerprints_tell_files_and_labels_apart_and_decode_nothing(tmp_path):
+    pictures(tmp_path / "data")
+    made, splits = task(tmp_path / "data", augmentation=Augmentation(flip=0.5))
+    before = [made.fingerprint(split) for split in (splits.train, splits.validation, splits.test)]
+    assert len(set(before)) == 3
+    again, others = task(tmp_path / "data")
+    assert [again.fingerprint(split) for split in (others.train, others.validation, others.test)] == before
+    chosen = splits.train.part.images.data  # files in an order that `datasets` chose
+    victim = Path(chosen.data.column("image")[int(splits.train.part.indices[0])]["path"].as_py())
+    victim.write_bytes(victim.read_bytes()[:-3])  # cut off: it could not be decoded
+    assert made.fingerprint(splits.train) != before[0]
+    assert [made.fingerprint(split) for split in (splits.validation, splits.test)] == before[1:]
+
+
+def test_fingerprints_of_data_sets_go_by_the_row_that_is_shown(tmp_path):
+    """Images within the data set's own files, rows in another order than they lie there."""
+    rows = [Image.new("L", (8 + i, 8 + i), 10 * i) for i in range(12)]
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
+    data = datasets.Dataset.from_dict({"image": rows, "label": [i % 2 for i in range(12)]}, features=features)
+    prints = {}
+    for name, order in (("as it lies", range(12)), ("turned", range(11, -1, -1)), ("twice", range(11, -1, -1))):
+        images = DataSetImages(np.array(order) % 2, ["a", "b"], data.select(order), "image", "here")
+        prints[name] = Part(images, np.arange(4)).fingerprint()
+    assert prints["turned"] == prints["twice"] != prints["as it lies"]
+    turned = DataSetImages(np.arange(12)[::-1] % 2, ["a", "b"], data.select(range(11, -1, -1)), "image", "here")
+    assert Part(turned, np.array([11, 10, 9, 8])).fingerprint() == prints["as it lies"]
+    labels = DataSetImages(1 - np.arange(12) % 2, ["a", "b"], data, "image", "here")
+    assert Part(labels, np.arange(4)).fingerprint() != prints["as it lies"]
+
+
+def test_fingerprints_of_arrays(idx_folder):
+    made, splits = task(idx_folder)
+    first = made.fingerprint(splits.test)
+    splits.test.part.images.pixels = splits.test.part.images.pixels.copy()
+    assert made.fingerprint(splits.test) == first
+    splits.test.part.images.pixels[3, 2, 1] ^= 1
+    assert made.fingerprint(splits.test) != first

@@ -12,7 +12,7 @@ import torch
 import yaml
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
@@ -20,6 +20,7 @@ from squeezeheads.cli import main
 from squeezeheads.diffusion.callbacks import EMA_FILE, AveragedWeights, SampleGrids
 from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig, build_model
 from squeezeheads.diffusion.pipeline import SAMPLERS, ClassConditionalPipeline, generate, make_sampler
+from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.image_metrics import (
     ImageModel,
@@ -30,6 +31,7 @@ from squeezeheads.evaluation.image_metrics import (
     precision_and_recall,
 )
 from squeezeheads.models import MDTTransformer2DModel
+from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
@@ -61,6 +63,14 @@ SMALL = {
     "seeds": [0],
 }
 
+# Changes to the small recipe.
+MDT = {
+    "teacher__config__model_type": "mdt",
+    "teacher__config__num_layers": 4,
+    "teacher__config__num_decoder_layers": 2,
+    "student__config__num_layers": 4,
+}
+
 
 def write(folder: Path, **changes) -> str:
     """The small recipe with changes ``a__b=value``; its path."""
@@ -82,13 +92,7 @@ def finished(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
     changes = {}
     if request.param == "mdt":
-        changes = {
-            "teacher__config__model_type": "mdt",
-            "teacher__config__num_layers": 4,
-            "teacher__config__num_decoder_layers": 2,
-            "student__config__num_layers": 4,
-            "task__image_generation__diffusion__min_snr": 5.0,
-        }
+        changes = {**MDT, "task__image_generation__diffusion__min_snr": 5.0}
     path = write(folder, **changes)
     assert main(["distill", path]) == 0
     return path, folder / "run", request.param
@@ -208,6 +212,88 @@ def test_layers_that_see_other_tokens_in_the_masked_pass_are_refused(tmp_path, c
     }
     assert main(["distill", write(tmp_path, **changes)]) == 2
     assert "decoder_blocks.0" in capsys.readouterr().err
+
+
+def tried(path: str) -> None:
+    recipe = load_recipe(path)
+    task = recipe.chosen_task
+    splits = task.load_data(Pretrained({"teacher": None}))
+    check_models(Models(task, recipe), recipe, splits)
+
+
+def test_both_passes_are_tried_with_gradients_and_checkpointed_layers(tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(Distillation):
+        def __call__(self, student, inputs, **options):
+            out = super().__call__(student, inputs, **options)
+            seen.append(
+                ("keep" in inputs, out.loss.requires_grad, student.training, student.model.gradient_checkpointing)
+            )
+            return out
+
+    monkeypatch.setattr("squeezeheads.preflight.Distillation", Watched)
+    tried(write(tmp_path, **MDT, training__arguments={"gradient_checkpointing": True}))
+    assert seen == [(False, True, True, True), (True, True, True, True)] * 2, "two sets of objectives"
+
+
+def test_a_training_with_checkpointed_layers_is_the_same(tmp_path):
+    losses = []
+    for name, arguments in (("plain", {}), ("checkpointed", {"gradient_checkpointing": True})):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = write(folder, **MDT, training__arguments=arguments, task__image_generation__sampling__images=0)
+        assert main(["distill", path]) == 0
+        runs = json.loads((folder / "run" / "results.json").read_text())["students"]["distilled"]
+        losses.append([entry["loss"] for entry in runs[0]["losses"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_checkpointing_that_diffusers_lacks_is_refused():
+    with pytest.raises(ValueError, match="every_n_layers=2"):
+        denoiser().activation_checkpointing_enable(every_n_layers=2)
+
+
+def test_a_denoiser_that_comes_back_otherwise_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path)
+    save = Denoiser.save_pretrained
+
+    def spoilt(self, folder):
+        save(self, folder)
+        file = Path(folder) / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors["proj_out_2.bias"] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(Denoiser, "save_pretrained", spoilt)
+    with pytest.raises(RecipeError, match=r"student: Denoiser does not come back as it was saved: .*proj_out_2.bias"):
+        tried(path)
+
+
+def test_fingerprints_draw_and_decode_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a sample was asked for")
+
+    prints = []
+    for size in (8, 8, 16):
+        task = ImageGeneration(data="digits", image_size=size)
+        splits = task.load_data(Pretrained({"teacher": None}))
+        with monkeypatch.context() as patch:
+            patch.setattr("squeezeheads.diffusion.draws.SeededImages.__getitem__", refuse)
+            prints.append([task.fingerprint(split) for split in (splits.train, splits.validation, splits.test)])
+    assert prints[0] == prints[1] == prints[2] and len(set(prints[0])) == 3
+    task = ImageGeneration(data="digits", split_seed=1)
+    splits = task.load_data(Pretrained({"teacher": None}))
+    assert task.fingerprint(splits.test) not in prints[0]
+
+
+def test_new_denoisers_have_the_type_asked_for(tmp_path):
+    task = ImageGeneration(data="digits")
+    task.load_data(Pretrained({"teacher": None}))
+    config = task.new_config(SMALL["teacher"]["config"], "teacher.config")
+    assert {p.dtype for p in task.build(config, "sdpa", "bfloat16").parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="dtype='int8'"):
+        task.build(config, "sdpa", "int8")
 
 
 # -- sampling --------------------------------------------------------------------------------------------------------

@@ -129,7 +129,7 @@ def _changed(base: PreTrainedConfig, changes: Mapping[str, Any], key: str) -> Pr
                     f"{key}.{name} is needed: the teacher lists its own for {before} layers, this model has {after}. "
                     "Give one entry a layer."
                 )
-        return type(base)(**options)
+        return type(base).from_dict(options)  # timm's writes labels as only from_dict reads them
     except RecipeError:
         raise
     except Exception as error:  # what a configuration raises is its own matter
