@@ -146,12 +146,12 @@ class Distillation:
         Raises:
             ValueError, RecordingError: models that cannot be compared or recorded; labels predicted from padding.
         """
+        for batch in batches:
+            _check_targets(batch, self.targets(batch))
         if self.prepared:
             return
         if not batches:
             raise ValueError("prepare needs at least one batch.")
-        for batch in batches:
-            _check_targets(batch, self.targets(batch))
         unprepared = {name: o for name, o in self.objectives.items() if not o.prepared}
         hidden = any("hidden_states" in o.needs for o in unprepared.values())
         with torch.no_grad(), evaluating(student):
