@@ -8,8 +8,10 @@ import torch.nn.functional as F
 from transformers import AutoModelForImageClassification, ResNetConfig, ResNetForImageClassification, set_seed
 
 from squeezeheads import DeiTHard, DeiTSoft, Distillation, LogitKD, SqueezedHeads, TaskLoss
+from squeezeheads.cli import main
 from squeezeheads.recording import RecordingError
 from squeezeheads.tasks.augmentation import smoothed
+from test_cli import recipe  # noqa: F401 (a fixture)
 from tiny import classifier, deit_student, image_batch
 
 
@@ -172,3 +174,23 @@ def test_probabilities_of_another_shape_are_named():
     batch = {"pixel_values": image_batch(3)["pixel_values"], "label_probabilities": torch.full((3, 7), 1 / 7)}
     with pytest.raises(ValueError, match=r"\(3, 7\) do not fit the student's logits \(3, 10\)"):
         Distillation(None, {"task": TaskLoss()})(classifier(3), batch)
+
+
+def test_a_run_with_a_cnn_teacher(recipe, tmp_path):  # noqa: F811
+    """As docs/image-classification.md has it: a pretrained CNN, a student with a distillation head, mixed labels."""
+    cnn().save_pretrained(tmp_path / "cnn")
+    student = {
+        "model_type": "deit", "architectures": ["DeiTForImageClassificationWithTeacher"], "hidden_size": 24,
+        "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 3, "patch_size": 4,
+    }  # fmt: skip
+    path = recipe(
+        teacher={"path": str(tmp_path / "cnn"), "attn_implementation": "eager"},
+        student={"config": student},
+        objectives={"task": {"weight": 0.5}, "deit_hard": {"weight": 0.5}},
+        baselines={},
+        task__image_classification__augmentation={"mixup": 0.8, "label_smoothing": 0.1},
+        seeds=[0],
+    )
+    assert main(["distill", path]) == 0
+    opened = AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "student")
+    assert type(opened).__name__ == "DeiTForImageClassificationWithTeacher" and opened.config.num_labels == 10

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from transformers import AutoConfig, GPT2Config, LlamaConfig, ViTConfig
 
 from squeezeheads.objectives import SqueezedHeads
 from squeezeheads.pairing import pair_layers
@@ -16,7 +16,7 @@ from squeezeheads.preflight import Models, check_training
 from squeezeheads.recipe import Recipe, load_recipe
 from squeezeheads.recording import record_attention
 from squeezeheads.squeezing import group_heads
-from squeezeheads.tasks import ImageGeneration, Task
+from squeezeheads.tasks import ImageClassification, ImageGeneration
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "paper"
 
@@ -40,6 +40,9 @@ HUB = {
     "openai-community/gpt2-xl": gpt2(1600, 48, 25),
     "huggyllama/llama-7b": llama(4096, 11008, 32, 32),
     "models/llama-13b-dolly": llama(5120, 13824, 40, 40),
+    "facebook/deit-small-patch16-224": ViTConfig(
+        hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_labels=1000
+    ),
 }
 # The hub's DiT is a pipeline, whose transformer has a class name of before diffusers' DiT had one of its own.
 DIT = {
@@ -53,6 +56,7 @@ EXPECTED = {
     "gpt2-xl-to-base": (12, 12, {"attention": (48, 25)}, {"teacher": 1557, "student": 124}),
     "gpt2-xl-to-medium": (24, 16, {"attention": (48, 25)}, {"teacher": 1557, "student": 354}),
     "gpt2-xl-to-large": (36, 20, {"attention": (48, 25)}, {"teacher": 1557, "student": 774}),
+    "deit-small-to-tiny": (12, 3, {"attention": (12, 6)}, {"teacher": 22, "student": 5}),
     "llama-13b-to-7b": (32, 32, {"attention": (40, 40)}, {"teacher": 13015, "student": 6738}),
     "babyllama": (
         16, 8, {"attention-gpt2": (24, 16), "attention-llama": (24, 8)}, {"gpt2": 704, "llama": 359, "student": 58},
@@ -80,19 +84,26 @@ def hub(monkeypatch):
 def models_of(recipe: Recipe) -> Models:
     task = recipe.chosen_task
     # In place of reading the data: what shapes depend on.
-    if isinstance(task, ImageGeneration):
+    if isinstance(task, ImageClassification):
+        classes = {number: str(number) for number in range(1000)}
+        task.data_config = lambda: {"image_size": task.image_size, "num_channels": task.channels, "id2label": classes}
+    elif isinstance(task, ImageGeneration):
         sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "num_embeds_ada_norm": 1000}
         task.data_config = lambda: sizes
-        return Models(task, recipe)
-    task.data_config = lambda: {"vocab_size": task.vocabulary_size, "max_position_embeddings": task.block_size}
+    else:
+        task.data_config = lambda: {"vocab_size": task.vocabulary_size, "max_position_embeddings": task.block_size}
     return Models(task, recipe)
 
 
-def inputs_of(task: Task) -> dict[str, torch.Tensor]:
-    tokens = torch.zeros(2, 16, dtype=torch.long)
-    if not isinstance(task, ImageGeneration):
-        return {"input_ids": tokens}
-    return {"hidden_states": torch.zeros(2, 4, 32, 32), "timestep": tokens[:, 0], "class_labels": tokens[:, 0]}
+def meta_batch(recipe: Recipe) -> dict[str, torch.Tensor]:
+    task = recipe.chosen_task
+    if isinstance(task, ImageClassification):
+        return {"pixel_values": torch.zeros(2, task.channels, task.image_size, task.image_size, device="meta")}
+    if isinstance(task, ImageGeneration):
+        label = torch.zeros(2, dtype=torch.long, device="meta")
+        images = torch.zeros(2, 4, 32, 32, device="meta")
+        return {"hidden_states": images, "timestep": label, "class_labels": label}
+    return {"input_ids": torch.zeros(2, 16, dtype=torch.long, device="meta")}
 
 
 def test_every_recipe_is_expected():
@@ -113,7 +124,7 @@ def test_recipe_is_parsed_and_planned(name, hub):
         with torch.device("meta"):
             model = models.task.build(config, "sdpa")
             with torch.no_grad(), record_attention(model) as recording:
-                model(**inputs_of(models.task))
+                model(**meta_batch(recipe))
         records[whose], parameters[whose] = list(recording), model.num_parameters() // 10**6
     assert parameters == millions
     if isinstance(models.task, ImageGeneration):

@@ -261,8 +261,9 @@ def test_plan_is_stored_and_printed_with_its_tokens():
     old = [{key: value for key, value in layer.items() if key != "tokens"} for layer in stored]
     again.plan_from_json(old)  # of a run from before there were layouts
     assert again.plan[0].tokens is None
-    cells = list(plan_table(stored, "attention").columns[2].cells)
-    assert cells == ["class + 16 patches (17 of the student's 17, of the teacher's 18)"]
+    caption = plan_table(stored, "attention").caption
+    assert caption == "tokens compared: class + 16 patches (17 of the student's 17, of the teacher's 18)"
+    assert plan_table(old, "attention").caption == "tokens compared: all"
 
 
 def test_different_grids_are_named():

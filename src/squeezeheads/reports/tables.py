@@ -67,7 +67,7 @@ def result_markdown(results: dict[str, Any]) -> str:
 
 
 def plan_table(plan: Sequence[dict[str, Any]], name: str) -> Table:
-    """Which teacher heads teach which student heads, layer by layer (all counted from 0).
+    """Which teacher heads teach which student heads, layer by layer (all counted from 0), by which tokens.
 
     Args:
         plan: as an objective on squeezed heads stores it.
@@ -76,10 +76,11 @@ def plan_table(plan: Sequence[dict[str, Any]], name: str) -> Table:
     table = Table(title=f"{name}: who teaches whom")
     table.add_column("student layer")
     table.add_column("teacher layer")
-    table.add_column("tokens compared")
     table.add_column("student head ← teacher heads")
     for layer in plan:
         heads = "   ".join(f"{s} ← {', '.join(map(str, group))}" for s, group in enumerate(layer["groups"]))
-        tokens = SharedTokens.from_json(layer.get("tokens"))
-        table.add_row(layer["student_layer"], layer["teacher_layer"], str(tokens or "all"), heads)
+        table.add_row(layer["student_layer"], layer["teacher_layer"], heads)
+    shared = [SharedTokens.from_json(layer.get("tokens")) for layer in plan]
+    named = list(dict.fromkeys(str(tokens or "all") for tokens in shared))  # nearly always the same in all layers
+    table.caption = f"tokens compared: {'; '.join(named)}"
     return table

@@ -20,6 +20,7 @@ from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.image_processing import View, new_processor, own_processor
 from squeezeheads.tasks.images import DIGITS, HUB, Sample, Samples, SplitPlan, read_images
 from squeezeheads.tasks.normalisation import normalisation_of, renormalise_inputs
+from squeezeheads.tasks.timm_models import MODEL_TYPE, fit_to_images, to_timm_format
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -223,6 +224,8 @@ class ImageClassification(Task):
         if isinstance(known, tuple) and not config.architectures:
             # Of several classes for one configuration (DeiT's) transformers asks for a name.
             config.architectures = [known[0].__name__]
+        if config.model_type == MODEL_TYPE:
+            fit_to_images(config, self.view.size, self.view.channels)
         return super().build(config, attn_implementation)
 
     def load(self, path: str, attn_implementation: str = "sdpa", dtype: str = "float32") -> PreTrainedModel:
@@ -248,7 +251,9 @@ class ImageClassification(Task):
         return renormalise_inputs(model, self.view.normalisation, own)
 
     def save_companions(self, folder: Path, source: str | None = None) -> None:
-        """The image processor: that of the pretrained model that was trained further, else the batch's."""
+        """The image processor: that of the pretrained model that was trained further, else the batch's. A timm model's
+        checkpoint becomes one that timm opens too."""
+        to_timm_format(folder)
         processor = None if source is None else own_processor(source)
         (processor or self.view.processor).save_pretrained(folder)
 

@@ -3,7 +3,7 @@ model says what its images went through."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ CROP_SHARE = 0.875
 
 
 def own_processor(path: str) -> Any | None:
-    """The image processor that was saved with a pretrained model; ``None`` where none was.
+    """The image processor that was saved with a pretrained model; ``None`` where none was. What timm says of its own
+    models becomes a processor of transformers', which can be saved beside any model.
 
     Raises:
         RecipeError: one that cannot be loaded here, no such model.
@@ -29,11 +30,14 @@ def own_processor(path: str) -> Any | None:
     try:
         # An error is not taken for a file that is missing: the images would be normalised otherwise in silence.
         saved = cached_file(path, "preprocessor_config.json", _raise_exceptions_for_missing_entries=False)
-        if saved is None and AutoConfig.from_pretrained(path, trust_remote_code=False).model_type != "timm_wrapper":
-            return None
-        return AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
+        if saved is None and not getattr(
+            AutoConfig.from_pretrained(path, trust_remote_code=False), "pretrained_cfg", None
+        ):
+            return None  # only timm's configurations say in themselves how images are prepared
+        processor = AutoImageProcessor.from_pretrained(path, trust_remote_code=False)
     except (OSError, ImportError, ValueError) as error:
         raise RecipeError(f"{path}: its image processor cannot be loaded: {error}") from error
+    return _as_transformers(processor.data_config) if hasattr(processor, "data_config") else processor
 
 
 def new_processor(size: int, mean: Sequence[float], std: Sequence[float], channels: int, white: int, crop: bool) -> Any:
@@ -82,12 +86,11 @@ class View:
     def __init__(self, processor: Any, channels: int, white: int) -> None:
         self.processor, self.channels, self.white = processor, channels, white
         self.normalisation = normalisation_of(processor).for_channels(channels, "the image processor")
-        self._geometry = _as_transformers(processor) if hasattr(processor, "data_config") else processor
-        self.size = _result_size(self._geometry)
+        self.size = _result_size(processor)
 
     def unit(self, images: Sequence[Pixels]) -> Tensor:
         """Stored images (C, H, W) → (B, C, size, size), float32, 0 to 1: resized and cropped, not yet normalised."""
-        done = self._geometry(
+        done = self.processor(
             images=list(images),
             do_rescale=False,
             do_normalize=False,
@@ -98,16 +101,18 @@ class View:
         return pixels
 
 
-def _as_transformers(processor: Any) -> Any:
-    """timm's evaluation transform as a processor that can leave normalisation to others."""
+def _as_transformers(data: Mapping[str, Any]) -> Any:
+    """timm's evaluation transform, from its data configuration."""
     from transformers import BitImageProcessor
 
-    data = processor.data_config
-    size = int(data["input_size"][-1])
+    channels, _, size = data["input_size"]
     return BitImageProcessor(
         size={"shortest_edge": int(size / data.get("crop_pct", CROP_SHARE))},
         crop_size={"height": size, "width": size},
         resample={"bilinear": 2, "bicubic": 3}[data.get("interpolation", "bicubic")],
+        image_mean=list(data["mean"]),
+        image_std=list(data["std"]),
+        do_convert_rgb=channels == 3,
     )
 
 

@@ -50,7 +50,9 @@ def new_config(
         known = CONFIG_MAPPING[model_type]()
         _check_changes(changes, known, key)
         # transformers keeps unknown keys too: a model without position embeddings has no use for a number of positions.
-        data = {k: v for k, v in task.data_config().items() if known.attribute_map.get(k, k) in known.to_dict()}
+        # (Every configuration has labels; that of timm's models writes them under other names.)
+        options = {*known.to_dict(), "id2label", "label2id"}
+        data = {k: v for k, v in task.data_config().items() if known.attribute_map.get(k, k) in options}
         own = {known.attribute_map.get(name, name): value for name, value in changes.items()}
         data = {known.attribute_map.get(name, name): value for name, value in data.items()}
         try:
@@ -61,7 +63,7 @@ def new_config(
     elif base is not None:
         config = copy.deepcopy(base)
         _check_changes(changes, config, key)
-        derived = _head_width(config) == getattr(config, "head_dim", None)
+        derived = _head_width(config) is not None and _head_width(config) == getattr(config, "head_dim", None)
         for name, value in changes.items():
             setattr(config, name, value)
         if derived and "head_dim" not in changes:

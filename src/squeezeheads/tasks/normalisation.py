@@ -77,8 +77,6 @@ class _Renormalise:
 
 def normalisation_of(processor: Any) -> Normalisation:
     """What an image processor does after scaling pixels to 0 … 1: nothing, where it is told not to."""
-    if hasattr(processor, "data_config"):  # transformers' wrapper of timm's transforms
-        return Normalisation(tuple(processor.data_config["mean"]), tuple(processor.data_config["std"]))
     if not getattr(processor, "do_normalize", True):
         return Normalisation((0.0,), (1.0,))
     mean, std = (v if isinstance(v, list | tuple) else [v] for v in (processor.image_mean, processor.image_std))
