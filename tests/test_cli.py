@@ -89,7 +89,11 @@ def test_distill_leaves_table_pictures_and_plain_students(finished):
     assert (output / "figures" / "layer-0.png").stat().st_size > 5000
     student = AutoModelForImageClassification.from_pretrained(output / "student")
     assert student.config.num_attention_heads == 3 and student.config.hidden_size == 12
-    assert {p.name for p in (output / "student").iterdir()} == {"config.json", "model.safetensors"}
+    assert {p.name for p in (output / "student").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+        "preprocessor_config.json",  # how its images are prepared
+    }
     assert not list(output.rglob("*.bin")) and not list(output.rglob("*.pt")), "no pickle is left"
 
 

@@ -177,6 +177,7 @@ MISTAKES = {
     "label drop": ({"task__image_generation__diffusion__label_drop": 1.5}, "label_drop=1.5"),
     "mask ratio": ({"task__image_generation__diffusion__mask_ratio": [0.5, 0.3]}, "mask_ratio=[0.5, 0.3]"),
     "decay": ({"task__image_generation__diffusion__ema_decay": 1.0}, "ema_decay=1.0"),
+    "snr": ({"task__image_generation__diffusion__min_snr": -1.0}, "min_snr=-1.0"),
     "betas": ({"task__image_generation__diffusion__beta_end": 2.0}, "beta_end=2.0"),
     "sampler": ({"task__image_generation__sampling__sampler": "euler"}, "euler"),
     "no such teacher": ({"teacher": {"path": "nowhere/at/all"}}, "nowhere/at/all"),
@@ -553,8 +554,9 @@ def test_fid_without_its_network_is_an_error_that_says_what_to_do():
 
 def test_a_classifier_judges_generated_images(tmp_path):
     classifier(3).save_pretrained(tmp_path / "judge")
-    judged = {"classifier": str(tmp_path / "judge"), "features": str(tmp_path / "judge"), "images": 20, "steps": 2}
-    path = write(tmp_path, **{f"task__image_generation__sampling__{k}": v for k, v in judged.items()})
+    judged = {"features": str(tmp_path / "judge"), "images": 20, "steps": 2}
+    changes = {f"task__image_generation__sampling__{k}": v for k, v in judged.items()}
+    path = write(tmp_path, task__image_generation__classifier=str(tmp_path / "judge"), **changes)
     task = load_recipe(path).chosen_task
     splits = task.load_data(Pretrained({"teacher": None}))
     model = task.build(DenoiserConfig("dit", denoiser().config.options), "sdpa")

@@ -52,16 +52,16 @@ class DiffusionSpec:
     """Whether new models predict the variance of a step beside the noise."""
     variational_weight: float = 0.001
     """Factor of T times the variational term (bits per element), which trains the learned variance; 0 leaves it out."""
-    min_snr: float | None = None
-    """k of the Min-SNR weight min(SNR, k) / SNR of the squared error; MDTv2 takes 5. Left out: all steps alike."""
+    min_snr: float = 0.0
+    """k of the Min-SNR weight min(SNR, k) / SNR of the squared error; MDTv2 takes 5. 0 weighs all steps alike."""
     label_drop: float = 0.1
     """Probability that a training image is without its label, for classifier-free guidance."""
     mask_ratio: list[float] = field(default_factory=lambda: [0.3, 0.5])
     """Where the student is an MDT: between which shares of tokens the second pass of a batch masks. [] leaves that pass
     out."""
-    ema_decay: float | None = None
+    ema_decay: float = 0.0
     """Decay of the moving average of the weights, which is then what is saved and measured; DiT takes 0.9999 with long
-    training. Left out: the weights themselves."""
+    training. 0: the weights themselves."""
 
     def __post_init__(self) -> None:
         if self.steps < 2:
@@ -72,14 +72,14 @@ class DiffusionSpec:
             )
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop={self.label_drop}: expected a probability of less than 1.")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: expected a number between 0 and 1, or null for none.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: expected a number below 1, or 0 for no average.")
         if self.mask_ratio and (len(self.mask_ratio) != 2 or not 0 <= self.mask_ratio[0] <= self.mask_ratio[1] < 1):
             raise ValueError(f"mask_ratio={self.mask_ratio}: expected two shares [low, high] from 0 to below 1, or [].")
         if not self.variational_weight >= 0:
             raise ValueError(f"variational_weight={self.variational_weight}: expected at least 0.")
-        if self.min_snr is not None and not self.min_snr > 0:
-            raise ValueError(f"min_snr={self.min_snr}: expected a positive number, or null for none.")
+        if not self.min_snr >= 0:
+            raise ValueError(f"min_snr={self.min_snr}: expected a positive number, or 0 for no weights.")
 
 
 @dataclass
@@ -102,9 +102,6 @@ class SamplingSpec:
     features: str = "pixels"
     """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
     transformers."""
-    classifier: str | None = None
-    """Folder or hub name of an image classifier of transformers for the same classes: how many generated images it puts
-    into the class that was asked for."""
     inception: bool = False
     """Also FID and Inception score, where torch-fidelity and its weights are installed."""
     grid_every: int = 0
@@ -154,6 +151,9 @@ class ImageGeneration(Task):
     """How images are noised and what a denoiser is trained by."""
     sampling: SamplingSpec = field(default_factory=SamplingSpec)
     """How images are generated, and how they are measured."""
+    classifier: str | None = None
+    """Folder or hub name of an image classifier of transformers for the same classes: how many generated images it puts
+    into the class that was asked for."""
 
     metric: ClassVar[str] = "noise_error"
     selection: ClassVar[str] = "noise_error"
@@ -168,7 +168,7 @@ class ImageGeneration(Task):
     @property
     def columns(self) -> tuple[str, ...]:
         measured = ("frechet_distance", "precision", "recall") if self.sampling.images else ()
-        accuracy = ("class_accuracy",) if self.sampling.images and self.sampling.classifier else ()
+        accuracy = ("class_accuracy",) if self.sampling.images and self.classifier else ()
         inception = ("fid", "inception_score") if self.sampling.images and self.sampling.inception else ()
         return (self.metric, *measured, *accuracy, *inception)
 
@@ -278,7 +278,7 @@ class ImageGeneration(Task):
         collate = Noising(
             self._scheduler, self._classes, spec.label_drop, model.tokens if masked else None, (low, high)
         )  # fmt: skip
-        average = None if spec.ema_decay is None else AveragedWeights(model, spec.ema_decay)
+        average = None if not spec.ema_decay else AveragedWeights(model, spec.ema_decay)
         callbacks: list[Any] = [] if average is None else [average]
         if pictures is not None:
 
@@ -373,7 +373,7 @@ class ImageGeneration(Task):
         spec, betas = self.diffusion, self._scheduler.betas
         with torch.device("cpu"):
             loss = DiffusionLoss(
-                betas, variational_weight=spec.variational_weight, min_snr=spec.min_snr, levels=self._levels
+                betas, variational_weight=spec.variational_weight, min_snr=spec.min_snr or None, levels=self._levels
             )
         return Denoiser(model, loss)
 
@@ -423,8 +423,8 @@ class ImageGeneration(Task):
         known, found = (features_of(module, images, spec.batch_size) for images in (real, generated))
         metrics["frechet_distance"] = frechet_distance(known, found)
         metrics["precision"], metrics["recall"] = precision_and_recall(known, found)
-        if spec.classifier is not None:
-            classifier = self._image_model(spec.classifier, True)
+        if self.classifier is not None:
+            classifier = self._image_model(self.classifier, True)
             metrics["class_accuracy"] = class_accuracy(classifier, generated, labels, spec.batch_size)
         if spec.inception:
             metrics |= inception_metrics(real, generated, spec.batch_size)
@@ -435,9 +435,7 @@ class ImageGeneration(Task):
 
         model = ImageModel(path, classifies=classifies)
         if classifies and model.classes != self._classes:
-            raise RecipeError(
-                f"sampling.classifier={path!r} tells {model.classes} classes apart, the data has {self._classes}."
-            )
+            raise RecipeError(f"classifier={path!r} tells {model.classes} classes apart, the data has {self._classes}.")
         return model
 
     def pipeline(self, model: Any) -> ClassConditionalPipeline:
