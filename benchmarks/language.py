@@ -16,6 +16,7 @@ many more steps as fit into our processor time. Every finished run is a line of 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.environment import RESULTS, ROOT
@@ -51,7 +52,7 @@ DESIGN = Design(
 )  # fmt: skip
 
 
-def studies(work: Path, minutes: float | None = None) -> dict[str, Study]:
+def studies(work: Path, minutes: float | None = None, seeds: Sequence[int] | None = None) -> dict[str, Study]:
     """By corpus; the second is tuned by the first."""
     made: dict[str, Study] = {}
     for corpus in CORPORA:
@@ -62,7 +63,7 @@ def studies(work: Path, minutes: float | None = None) -> dict[str, Study]:
             return Bench(corpus, work)
 
         file = RESULTS / "language" / f"{corpus}.jsonl"
-        made[corpus] = Study(corpus, DESIGN, file, bench, minutes, tuned=made.get(CORPORA[0]))
+        made[corpus] = Study(corpus, DESIGN, file, bench, minutes, tuned=made.get(CORPORA[0]), seeds=seeds)
     return made
 
 
@@ -70,6 +71,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--corpus", choices=CORPORA, action="append", help="default: both, one after the other")
     parser.add_argument("--minutes", type=float, help="start no run after so many")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", help="make runs of these alone: several processes share a study"
+    )
     parser.add_argument("--page", action="store_true", help="run nothing; write tables and curves into the docs")
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "study-language", help="where teachers are kept")
     options = parser.parse_args()
@@ -83,7 +87,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     for corpus in options.corpus or CORPORA:
-        done = studies(options.work, options.minutes)[corpus].complete()
+        done = studies(options.work, options.minutes, options.seeds)[corpus].complete()
         print(f"{corpus}: {'complete' if done else 'out of time; start again to go on'}")
 
 

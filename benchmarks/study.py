@@ -12,7 +12,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -101,6 +101,7 @@ class Study:
         make_bench: what trains and measures; called before the first run that is not stored.
         minutes: after so many no run is started.
         tuned: the study of another setting, whose weights and decays this one takes over: it searches the rate alone.
+        seeds: make runs of these alone, so that several processes can share a study; all by default.
     """
 
     def __init__(
@@ -111,6 +112,7 @@ class Study:
         make_bench: Callable[[], Bench],
         minutes: float | None = None,
         tuned: Study | None = None,
+        seeds: Sequence[int] | None = None,
     ) -> None:
         self.name = name
         self.design = design
@@ -118,8 +120,13 @@ class Study:
         self.make_bench = make_bench
         self.deadline = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.tuned = tuned
-        self.stored = {self.run_of(line).key: line for line in read_lines(self.file)}
+        self.seeds = design.seeds if seeds is None else tuple(seeds)
+        self.stored: dict[tuple[Any, ...], dict[str, Any]] = {}
+        self._read()
         self.bench: Bench | None = None
+
+    def _read(self) -> None:
+        self.stored |= {self.run_of(line).key: line for line in read_lines(self.file)}
 
     def run_of(self, line: Mapping[str, Any]) -> Run:
         """The run that a stored line tells of."""
@@ -248,6 +255,9 @@ class Study:
 
     def need(self, run: Run) -> None:
         """Make a run, unless it is stored."""
+        if run.seed not in self.seeds:
+            return
+        self._read()  # another process may have made it
         if run.key in self.stored:
             return
         if time.monotonic() > self.deadline:

@@ -43,9 +43,9 @@ class Bench:
 
 @pytest.fixture
 def study(tmp_path):
-    def make(name="first", tuned=None):
+    def make(name="first", tuned=None, seeds=None):
         bench = Bench()
-        made = Study(name, DESIGN, tmp_path / f"{name}.jsonl", lambda: bench, tuned=tuned)
+        made = Study(name, DESIGN, tmp_path / f"{name}.jsonl", lambda: bench, tuned=tuned, seeds=seeds)
         made.bench = bench
         return made
 
@@ -110,6 +110,21 @@ def test_stored_runs_are_not_made_again(study):
     mended = study()
     mended.complete()
     assert [run.key for run in mended.bench.made] == [again.run_of(json.loads(lines[-1])).key]
+
+
+def test_processes_share_a_study_by_seeds(study):
+    whole = study("whole")
+    whole.complete()
+    for seeds in ((0,), (2,), (1,)):
+        part = study("parts", seeds=seeds)
+        part.complete()
+        assert {run.seed for run in part.bench.made} == set(seeds)
+    assert study("parts").stored.keys() == whole.stored.keys()
+    # What another process stored meanwhile is not made again.
+    early, late = study("both"), study("both")
+    early.complete()
+    late.complete()
+    assert late.bench.made == []
 
 
 def test_runs_of_another_teacher_are_refused(study):
