@@ -332,7 +332,7 @@ def test_evaluate_measures_attention_only_by_a_plan_that_fits(finished, tmp_path
     path, _ = finished
     classifier(6, width=12, layers=1, patch_size=4).save_pretrained(tmp_path / "other")
     assert main(["evaluate", str(path), "--model", str(tmp_path / "other")]) == 0
-    assert json.loads(capsys.readouterr().out).keys() == {"accuracy"}
+    assert json.loads(capsys.readouterr().out).keys() == {"accuracy", "top5", "images_per_second"}
 
 
 def test_pretrained_students_start_alike_too(recipe, tmp_path):
