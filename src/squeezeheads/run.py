@@ -91,7 +91,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         for name, objectives in recipe.arms.items():
             students[name].append(run.student(name, objectives, seed))
     results = {
-        "metrics": [models.task.metric, *models.task.shown],
+        "metrics": [*models.task.columns],
         "split": "test",
         "teachers": run.teacher_results(),
         "students": _with_step_ratios(students),
@@ -202,14 +202,19 @@ def _keep_made(task: Task, output: Path) -> None:
 
 
 def _fits_plan(model: PreTrainedModel, objective: SqueezedHeads, batch: dict[str, Any]) -> bool:
-    """Whether the plan was made for a student of these layers and heads; one that cannot be recorded is none."""
+    """Whether the plan was made for a student of these layers, heads and tokens; one that cannot be recorded is not."""
     try:
         with torch.no_grad(), record_attention(model) as recording:
             model(**{key: value for key, value in batch.items() if key != "labels"})
     except RecordingError:
         return False
-    mine = {position: (record.name, record.num_heads) for position, record in enumerate(recording)}
-    return all(mine.get(layer.student_position) == (layer.student_layer, len(layer.groups)) for layer in objective.plan)
+    mine = {position: (record.name, record.num_heads, record.num_keys) for position, record in enumerate(recording)}
+    for layer in objective.plan:
+        name, heads, keys = mine.get(layer.student_position, ("", 0, 0))
+        tokens = keys if layer.tokens is None else len(layer.tokens.student) + layer.tokens.patches
+        if (name, heads, keys) != (layer.student_layer, len(layer.groups), tokens):
+            return False
+    return True
 
 
 def _attention_objectives(recipe: Recipe) -> dict[str, SqueezedHeads]:
@@ -266,7 +271,7 @@ class _Run:
             trainer = self._trainer(teacher, {"task": TaskLoss()}, training, TEACHER_SEED, work, bar, key=key)
             _train(trainer, bar, f"teacher {name}", key)
             teacher.save_pretrained(folder)
-            self.task.save_companions(folder)
+            self.task.save_companions(folder, spec.path)
         teacher = self._load_teacher(name, spec)
         teacher.to(training_arguments(training, "training", self.output, TEACHER_SEED).device)
         if not done.is_file():
@@ -320,7 +325,7 @@ class _Run:
         trainer = self._trainer(self.models.new_student(seed), objectives, recipe.training, seed, work, bar)
         _train(trainer, bar, f"{name}, seed {seed}", "training")
         trainer.model.save_pretrained(folder)
-        self.task.save_companions(folder)
+        self.task.save_companions(folder, recipe.student.path)
         # What is measured is what is kept: mixed precision leaves its mark on the model in memory.
         student = self.task.load(str(folder), recipe.student.attn_implementation).to(trainer.args.device)
         size = recipe.training.batch_size
@@ -369,6 +374,9 @@ class _Run:
         # transformers' filter would show a loss that is not finite as the mean of others, and wait for the device at
         # each step to do so.
         spec = dataclasses.replace(spec, arguments={"logging_nan_inf_filter": False, **spec.arguments})
+        data = self.task.training_data(
+            self.splits.train, model, seed, self.output / "figures" / "training" / work if bar else None
+        )
         trainer = SqueezeTrainer(
             model=model,
             teacher=self.teachers if any(o.needs for o in objectives.values()) else None,
@@ -376,9 +384,10 @@ class _Run:
             objectives=objectives,
             rows=self.task.rows,
             targets=self.task.targets,
-            train_dataset=self.splits.train,
-            data_collator=self.task.collate,
-            callbacks=[bar] if bar else None,
+            passes=data.passes,
+            train_dataset=data.samples,
+            data_collator=data.collate,
+            callbacks=[*data.callbacks, *([bar] if bar else [])],
         )
         trainer.remove_callback(PrinterCallback)  # which prints logs where Trainer shows no bar of its own
         return trainer

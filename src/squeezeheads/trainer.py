@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from squeezeheads.distillation import (
@@ -22,6 +22,7 @@ from squeezeheads.distillation import (
     labelled_targets,
     named_teachers,
     next_token_targets,
+    one_pass,
     padding_rows,
 )
 from squeezeheads.objectives import Objective
@@ -56,6 +57,9 @@ class SqueezeTrainer(Trainer):
         rows: inputs → (B, Q) query rows that count for attention, see ``Distillation``.
         targets: inputs → predictions that count; by default labels other than -100, shifted where the student's loss
             shifts them (causal language models).
+        passes: inputs → the inputs of each forward pass of a batch, equally many for all batches. By default one. The
+            loss is the sum of the passes' losses; an objective is logged as its mean over the items of all passes.
+            Models are checked and plans are made on the first.
         **kwargs: as for ``transformers.Trainer``.
 
     Raises:
@@ -75,6 +79,7 @@ class SqueezeTrainer(Trainer):
         objectives: Mapping[str, Objective],
         rows: Callable[[Inputs], Tensor | None] = padding_rows,
         targets: Callable[[Inputs], Tensor | None] | None = None,
+        passes: Callable[[Inputs], Sequence[Inputs]] = one_pass,
         **kwargs: Any,
     ) -> None:
         if args is not None and args.label_smoothing_factor:
@@ -100,9 +105,13 @@ class SqueezeTrainer(Trainer):
         self.distillation = Distillation(
             prepared, objectives, rows=rows, targets=targets, loss_takes_count=self.model_accepts_loss_kwargs
         )
-        self._batch_counts: dict[str, Tensor] | None = None
+        self.passes = passes
+        # Of each pass.
+        self._batch_counts: list[dict[str, Tensor]] | None = None
         self._projectors_placed = False
         self.add_callback(_ForgetGradients(self._projectors))
+        if hasattr(self.train_dataset, "set_epoch"):
+            self.add_callback(_TellEpoch(self.train_dataset.set_epoch))
         self._sums: dict[str, Tensor] = {}
         self._items: dict[str, Tensor] = {}
 
@@ -196,14 +205,19 @@ class SqueezeTrainer(Trainer):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         progress = self.state.global_step / max(self.state.max_steps, 1)
-        out = self.distillation(model, inputs, progress=progress, counts=self._batch_counts)
-        for name, value in out.terms.items():
-            count = out.counts[name]
-            self._sums[name] = self._sums.get(name, 0.0) + torch.where(count > 0, value * count, 0.0)
-            self._items[name] = self._items.get(name, 0.0) + count
+        losses, outputs = [], None
+        for index, part in enumerate(self.passes(inputs)):
+            counts = None if self._batch_counts is None else self._batch_counts[index]
+            out = self.distillation(model, part, progress=progress, counts=counts)
+            losses.append(out.loss)
+            outputs = out.student_outputs
+            for name, value in out.terms.items():
+                count = out.counts[name]
+                self._sums[name] = self._sums.get(name, 0.0) + torch.where(count > 0, value * count, 0.0)
+                self._items[name] = self._items.get(name, 0.0) + count
         # Gradients are averaged over processes, but the shares of all processes add up to the loss.
-        loss = out.loss * self.accelerator.num_processes
-        return (loss, out.student_outputs) if return_outputs else loss
+        loss = torch.stack(losses).sum() * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds each objective's mean since the last log."""
@@ -266,10 +280,12 @@ class SqueezeTrainer(Trainer):
         if self.is_in_train and self.state.global_step >= self.state.max_steps:
             return [], None
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [self.distillation.count(batch) for batch in samples]
+        counts = [[self.distillation.count(part) for part in self.passes(batch)] for batch in samples]
         zero = torch.zeros((), device=device)
-        mine = {name: sum((c[name].to(device) for c in counts), zero) for name in self.distillation.objectives}
-        self._batch_counts = {n: self.accelerator.reduce(v, reduction="sum") for n, v in mine.items()}
+        self._batch_counts = []
+        for parts in zip(*counts, strict=True):
+            mine = {name: sum((c[name].to(device) for c in parts), zero) for name in self.distillation.objectives}
+            self._batch_counts.append({n: self.accelerator.reduce(v, reduction="sum") for n, v in mine.items()})
         return samples, items
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
@@ -291,7 +307,7 @@ class SqueezeTrainer(Trainer):
                 data, "Calibration", batch_size=self._train_batch_size, sampler_fn=self._get_eval_sampler
             )
             for batch in loader:
-                batches.append(self._prepare_inputs(batch))
+                batches.append(dict(self.passes(self._prepare_inputs(batch))[0]))
                 if len(batches) == wanted:
                     break
         random.setstate(python)
@@ -310,6 +326,17 @@ class _ForgetGradients(TrainerCallback):
             module.zero_grad()
 
     on_optimizer_step = on_train_begin
+
+
+class _TellEpoch(TrainerCallback):
+    """Tells a data set the epoch: accelerate (1.15) doesn't where batches are skipped on resume, nor where several
+    processes share them."""
+
+    def __init__(self, set_epoch: Callable[[int], None]) -> None:
+        self.set_epoch = set_epoch
+
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
+        self.set_epoch(int(state.epoch or 0))
 
 
 def last_whole_checkpoint(folder: Path) -> Path | None:

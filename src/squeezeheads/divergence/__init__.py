@@ -9,7 +9,7 @@ from squeezeheads.attention import AttentionRecord, check_rows
 from squeezeheads.divergence.reference import reference_divergence
 from squeezeheads.divergence.tiled import tiled_divergence
 
-__all__ = ["attention_divergence", "check_comparable", "reference_divergence", "tiled_divergence"]
+__all__ = ["attention_divergence", "check_comparable", "check_same_samples", "reference_divergence", "tiled_divergence"]
 
 _IMPLEMENTATIONS = {"reference": reference_divergence, "tiled": tiled_divergence}
 _REDUCTIONS = ("mean", "sum", "none")
@@ -82,17 +82,27 @@ def check_comparable(student: AttentionRecord, teacher: AttentionRecord) -> None
     Raises:
         ValueError: they are not; names both.
     """
+    check_same_samples(student, teacher)
     theirs = f"student {student.name!r} and teacher {teacher.name!r}"
-    if student.query.shape[0] != teacher.query.shape[0]:
-        raise ValueError(
-            f"{theirs} saw batches of {student.query.shape[0]} and {teacher.query.shape[0]} samples: both must be run "
-            "on the same batch."
-        )
     mine, other = ((r.num_queries, r.num_keys) for r in (student, teacher))
     if mine != other:
         raise ValueError(
             f"{theirs} compare different tokens: {mine[0]} queries × {mine[1]} keys against {other[0]} × {other[1]}. "
             "Their maps can only be compared token by token: use the same input size, patch size and special tokens."
+        )
+
+
+def check_same_samples(student: AttentionRecord, teacher: AttentionRecord) -> None:
+    """Whether two records are of the same samples, on the same device.
+
+    Raises:
+        ValueError: they are not; names both.
+    """
+    theirs = f"student {student.name!r} and teacher {teacher.name!r}"
+    if student.query.shape[0] != teacher.query.shape[0]:
+        raise ValueError(
+            f"{theirs} saw batches of {student.query.shape[0]} and {teacher.query.shape[0]} samples: both must be run "
+            "on the same batch."
         )
     if student.query.device != teacher.query.device:
         raise ValueError(f"{theirs} are on different devices: {student.query.device} and {teacher.query.device}.")

@@ -48,7 +48,7 @@ class AttentionMSE(PairedObjective):
 
     @property
     def plan_options(self) -> dict[str, Any]:
-        return {"kind": "attention_mse", "layers": self.layers}
+        return {"kind": "attention_mse", "layers": self.layers, **self.layout_options}
 
     def check_pair(self, student: AttentionRecord, teacher: AttentionRecord) -> None:
         """Whether two layers can be compared.
@@ -72,8 +72,8 @@ class AttentionMSE(PairedObjective):
             RuntimeError: gradients are on, but none can reach the student's attention.
         """
         pairs = list(self.pairs(evidence))
-        check_learnable([student for student, _ in pairs])
-        return torch.stack([squared_difference(*pair, self.compare, evidence.rows) for pair in pairs]).mean()
+        check_learnable([student for student, _, _ in pairs])
+        return torch.stack([squared_difference(s, t, self.compare, rows) for s, t, rows in pairs]).mean()
 
 
 def squared_difference(

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from squeezeheads.attention import AttentionRecord
+from squeezeheads.token_layout import Layout
 
 
 @dataclass
@@ -31,6 +32,10 @@ class Evidence:
     """(B, Q): query rows that count for attention; ``None`` counts all."""
     targets: Tensor | None = None
     """Bool, the shape of the logits less their last dimension: the predictions that count; ``None`` counts all."""
+    student_layout: Layout | None = None
+    """The kinds of the student's special tokens, known in ``prepare`` alone; ``None`` where its model does not tell."""
+    teacher_layout: Layout | None = None
+    """The teacher's, likewise."""
 
 
 @dataclass
@@ -124,6 +129,16 @@ class Objective:
         return frozenset()
 
     @property
+    def student_names(self) -> Mapping[int, str]:
+        """The module path of each of ``student_positions``, as far as the plan knows them."""
+        return {}
+
+    @property
+    def teacher_names(self) -> Mapping[int, str]:
+        """The module path of each of ``teacher_positions``, likewise."""
+        return {}
+
+    @property
     def scale(self) -> float:
         """Fixed factor of the value in the total beside ``weight``; not part of the reported value."""
         return 1.0
@@ -138,6 +153,11 @@ class Objective:
         return self.weight
 
 
+PROBABILITIES = "label_probabilities"
+"""Key of a batch: (B, classes) probabilities in place of labels, where these are mixed or smoothed. No model sees
+it."""
+
+
 def logits_of(outputs: Any, whose: str) -> Tensor:
     """The logits in a model's outputs.
 
@@ -146,12 +166,17 @@ def logits_of(outputs: Any, whose: str) -> Tensor:
     """
     if isinstance(outputs, Tensor):
         return outputs
-    logits = outputs.get("logits") if isinstance(outputs, Mapping) else getattr(outputs, "logits", None)
+    logits = output_named(outputs, "logits")
     if not isinstance(logits, Tensor):
         raise TypeError(
             f"the {whose} returned {type(outputs).__name__} without logits: expected an output with logits."
         )
     return logits
+
+
+def output_named(outputs: Any, name: str) -> Any:
+    """A part of a model's outputs, ``None`` where there is none of that name."""
+    return outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
 
 
 def hidden_states_of(outputs: Any, whose: str) -> tuple[Tensor, ...]:
@@ -160,7 +185,7 @@ def hidden_states_of(outputs: Any, whose: str) -> tuple[Tensor, ...]:
     Raises:
         TypeError: there are none.
     """
-    states = outputs.get("hidden_states") if isinstance(outputs, Mapping) else getattr(outputs, "hidden_states", None)
+    states = output_named(outputs, "hidden_states")
     if not states or any(state.dim() != 3 for state in states):
         raise TypeError(
             f"the {whose} returned {type(outputs).__name__} without hidden states of shape (B, N, E): expected a model "

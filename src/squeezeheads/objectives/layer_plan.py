@@ -6,10 +6,13 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
 from squeezeheads.attention import AttentionRecord
 from squeezeheads.divergence import check_comparable
 from squeezeheads.objectives.base import Evidence, Objective
 from squeezeheads.pairing import pair_layers
+from squeezeheads.token_layout import SharedTokens, check_layout, share_tokens
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,12 @@ class LayerPair:
     """Position of the student's call in order of execution."""
     teacher_position: int
     """Position of the teacher's call in order of execution."""
+    tokens: SharedTokens | None = field(default=None, kw_only=True)
+    """The tokens that are compared; ``None``: all of both, one by one."""
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**vars(self), "tokens": self.tokens and self.tokens.to_json()}
 
 
 @dataclass
@@ -33,13 +42,39 @@ class PairedObjective(Objective):
 
     layers: str | list[list[int]] = "uniform"
     """Which layers go together: "uniform", "last", or pairs [student, teacher] counted from 0."""
+    student_tokens: list[Literal["class", "distillation", "register"]] | None = None
+    """The special tokens before the student's patches, in their order. Left out: those that its model is known for."""
+    teacher_tokens: list[Literal["class", "distillation", "register"]] | None = None
+    """The teacher's, likewise. Tokens that both models have are compared."""
     plan: tuple[LayerPair, ...] = field(default=(), init=False, repr=False)
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     items: ClassVar[Literal["rows", "targets"]] = "rows"
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("student_tokens", "teacher_tokens"):
+            if getattr(self, name) is not None:
+                check_layout(getattr(self, name), name)
+
+    @property
+    def layout_options(self) -> dict[str, Any]:
+        """The special tokens that were given: part of ``plan_options``."""
+        names = ("student_tokens", "teacher_tokens")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def shared_tokens(self, student: AttentionRecord, teacher: AttentionRecord, first: Evidence) -> SharedTokens | None:
+        """Which tokens of two layers are compared.
+
+        Raises:
+            ValueError: different patch grids; names both.
+        """
+        mine = first.student_layout if self.student_tokens is None else check_layout(self.student_tokens, "")
+        theirs = first.teacher_layout if self.teacher_tokens is None else check_layout(self.teacher_tokens, "")
+        return share_tokens(student, teacher, mine, theirs)
+
     def check_pair(self, student: AttentionRecord, teacher: AttentionRecord) -> None:
-        """Whether two layers can be compared.
+        """Whether two layers can be compared, of the tokens that they share.
 
         Raises:
             ValueError: they cannot; names both.
@@ -50,26 +85,31 @@ class PairedObjective(Objective):
         """Pair layers and check that they fit."""
         learned, taught = batches[0].learned, batches[0].taught
         pairs = pair_layers(len(learned), len(taught), self.layers)
+        plan = []
         for s, t in pairs:
-            self.check_pair(learned[s], taught[t])
-        self.plan = tuple(LayerPair(learned[s].name, taught[t].name, s, t) for s, t in pairs)
+            tokens = self.shared_tokens(learned[s], taught[t], batches[0])
+            pair = LayerPair(learned[s].name, taught[t].name, s, t, tokens=tokens)
+            self.check_pair(*sliced(pair, batches[0])[:2])
+            plan.append(pair)
+        self.plan = tuple(plan)
 
-    def pairs(self, evidence: Evidence) -> Iterator[tuple[AttentionRecord, AttentionRecord]]:
-        """Student and teacher record of each planned pair, checked: a stored plan may have met another model."""
+    def pairs(self, evidence: Evidence) -> Iterator[tuple[AttentionRecord, AttentionRecord, Tensor | None]]:
+        """Student and teacher record of each planned pair, of the tokens that they share, and the (B, n) rows of these
+        that count. Checked: a stored plan may have met another model."""
         for pair in self.plan:
-            student, teacher = evidence.learned[pair.student_position], evidence.taught[pair.teacher_position]
+            student, teacher, rows = sliced(pair, evidence)
             self.check_pair(student, teacher)
-            yield student, teacher
+            yield student, teacher, rows
 
     @property
     def prepared(self) -> bool:
         return bool(self.plan)
 
     def plan_to_json(self) -> list[dict[str, Any]]:
-        return [dict(vars(pair)) for pair in self.plan]
+        return [pair.to_json() for pair in self.plan]
 
     def plan_from_json(self, data: list[dict[str, Any]]) -> None:
-        self.plan = tuple(LayerPair(**pair) for pair in data)
+        self.plan = tuple(LayerPair(**{**d, "tokens": SharedTokens.from_json(d.get("tokens"))}) for d in data)
 
     @property
     def student_positions(self) -> frozenset[int]:
@@ -78,3 +118,19 @@ class PairedObjective(Objective):
     @property
     def teacher_positions(self) -> frozenset[int]:
         return frozenset(pair.teacher_position for pair in self.plan)
+
+    @property
+    def student_names(self) -> dict[int, str]:
+        return {pair.student_position: pair.student_layer for pair in self.plan}
+
+    @property
+    def teacher_names(self) -> dict[int, str]:
+        return {pair.teacher_position: pair.teacher_layer for pair in self.plan}
+
+
+def sliced(pair: LayerPair, evidence: Evidence) -> tuple[AttentionRecord, AttentionRecord, Tensor | None]:
+    """Student and teacher record of a pair, and the rows that count: of the tokens that they share."""
+    student, teacher = evidence.learned[pair.student_position], evidence.taught[pair.teacher_position]
+    if pair.tokens is None:
+        return student, teacher, evidence.rows
+    return *pair.tokens.sliced(student, teacher), pair.tokens.rows(evidence.rows)

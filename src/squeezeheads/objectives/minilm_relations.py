@@ -63,7 +63,7 @@ class MiniLMRelations(PairedObjective):
     def plan_options(self) -> dict[str, Any]:
         # Heads and kinds decide nothing, but a plan is only checked for those that it was made with.
         names = ("layers", "relation_heads", "kinds")
-        return {"kind": "minilm", **{name: getattr(self, name) for name in names}}
+        return {"kind": "minilm", **{name: getattr(self, name) for name in names}, **self.layout_options}
 
     def check_pair(self, student: AttentionRecord, teacher: AttentionRecord) -> None:
         """Whether two layers can be compared.
@@ -100,11 +100,11 @@ class MiniLMRelations(PairedObjective):
             RuntimeError: gradients are on, but none can reach what is compared of the student.
         """
         pairs = []
-        for student, teacher in self.pairs(evidence):
+        for student, teacher, rows in self.pairs(evidence):
             heads = self._heads(teacher)
-            pairs += [(_relations(student, kind, heads), _relations(teacher, kind, heads)) for kind in self.kinds]
-        check_learnable([learned for learned, _ in pairs])
-        return torch.stack([relation_divergence(*pair, evidence.rows) for pair in pairs]).mean()
+            pairs += [(_relations(student, kind, heads), _relations(teacher, kind, heads), rows) for kind in self.kinds]
+        check_learnable([learned for learned, _, _ in pairs])
+        return torch.stack([relation_divergence(*pair) for pair in pairs]).mean()
 
 
 def _features(record: AttentionRecord, kind: Kind) -> Tensor:

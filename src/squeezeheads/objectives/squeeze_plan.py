@@ -10,6 +10,7 @@ from squeezeheads.objectives.base import Evidence
 from squeezeheads.objectives.layer_plan import LayerPair, PairedObjective
 from squeezeheads.pairing import pair_layers
 from squeezeheads.squeezing import HeadGroups, calibrate_groups, group_heads, mixing_matrix
+from squeezeheads.token_layout import SharedTokens
 
 
 @dataclass(frozen=True)
@@ -47,30 +48,42 @@ class SqueezedObjective(PairedObjective):
         plan = []
         for s, t in pair_layers(len(learned), len(taught), self.layers):
             student, teacher = learned[s], taught[t]
-            self.check_pair(student, teacher)
+            tokens = self.shared_tokens(student, teacher, batches[0])
+            if tokens is None:
+                self.check_pair(student, teacher)
+            rows = [batch.rows if tokens is None else tokens.rows(batch.rows) for batch in batches]
+            recorded = [batch.taught[t] if tokens is None else tokens.taught(batch.taught[t]) for batch in batches]
             if self.schedule == "similar":
-                rows = [batch.rows for batch in batches]
                 (groups,) = calibrate_groups(
-                    [[batch.taught[t]] for batch in batches], student.num_heads, weights=self.weights, rows=rows
+                    [[record] for record in recorded], student.num_heads, weights=self.weights, rows=rows
                 )
             else:
                 groups = group_heads(teacher.num_heads, student.num_heads, self.schedule)
             # Fails now rather than in the first step where values or projections are not known.
-            mixing_matrix(teacher, groups, weights=self.weights, rows=batches[0].rows)
-            plan.append(LayerPlan(student.name, teacher.name, s, t, groups))
+            mixing_matrix(recorded[0], groups, weights=self.weights, rows=rows[0])
+            plan.append(LayerPlan(student.name, teacher.name, s, t, groups, tokens=tokens))
         self.plan = tuple(plan)
 
     @property
     def plan_options(self) -> dict[str, Any]:
         names = ("schedule", "weights", "layers", "calibration_batches")
-        return {name: getattr(self, name) for name in names}
+        return {**{name: getattr(self, name) for name in names}, **self.layout_options}
 
     @property
     def batches_to_prepare(self) -> int:
         return self.calibration_batches if self.schedule == "similar" else 1
 
     def plan_to_json(self) -> list[dict[str, Any]]:
-        return [{**vars(layer), "groups": [list(group) for group in layer.groups]} for layer in self.plan]
+        return [{**layer.to_json(), "groups": [list(group) for group in layer.groups]} for layer in self.plan]
 
     def plan_from_json(self, data: list[dict[str, Any]]) -> None:
-        self.plan = tuple(LayerPlan(**{**d, "groups": tuple(map(tuple, d["groups"]))}) for d in data)
+        self.plan = tuple(
+            LayerPlan(
+                **{
+                    **d,
+                    "groups": tuple(map(tuple, d["groups"])),
+                    "tokens": SharedTokens.from_json(d.get("tokens")),
+                }
+            )
+            for d in data
+        )

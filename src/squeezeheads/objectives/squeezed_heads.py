@@ -14,6 +14,7 @@ from squeezeheads.objectives.base import Evidence
 from squeezeheads.objectives.squeeze_plan import SqueezedObjective
 from squeezeheads.pairing import pair_layers
 from squeezeheads.squeezing import HeadGroups, group_heads, mixing_matrix
+from squeezeheads.token_layout import SharedTokens, check_layout, share_tokens
 
 
 def squeezed_attention_loss(
@@ -26,6 +27,8 @@ def squeezed_attention_loss(
     rows: Tensor | None = None,
     temperature: float = 1.0,
     implementation: str = "auto",
+    student_tokens: Sequence[str] | None = None,
+    teacher_tokens: Sequence[str] | None = None,
 ) -> Tensor:
     """Squeezing-Heads Distillation of one batch: each paired student layer against its teacher layer's squeezed heads.
 
@@ -36,9 +39,13 @@ def squeezed_attention_loss(
         schedule: which heads go together: ``"progressive"`` or ``"balanced"`` (see ``squeezeheads.group_heads``), or
             one grouping for each layer pair, from ``squeezeheads.calibrate_groups`` (which loses much less).
         weights: how grouped heads are weighed, see ``squeezeheads.mixing_matrix``.
-        rows: (B, Q) bool or weights: query rows that count. For padded batches pass the attention mask.
+        rows: (B, Q) bool or weights: query rows that count (the student's). For padded batches pass the attention mask.
         temperature: divides both models' scores before their softmax.
         implementation: see ``squeezeheads.attention_divergence``.
+        student_tokens: the special tokens before the student's patches, any of "class", "distillation", "register", in
+            their order; where they differ from the teacher's, the tokens that both have are compared. Left out (either
+            of the two): all tokens, one by one.
+        teacher_tokens: the teacher's.
 
     Returns:
         Scalar, mean over layer pairs, in nats per valid row and head. Its gradient reaches the student alone.
@@ -52,22 +59,42 @@ def squeezed_attention_loss(
     pairs = pair_layers(len(learned), len(taught), layers)
     if not isinstance(schedule, str) and len(schedule) != len(pairs):
         raise ValueError(f"schedule holds {len(schedule)} groupings for {len(pairs)} layer pairs: expected one each.")
+    layouts = [
+        None if kinds is None else check_layout(kinds, name)
+        for kinds, name in ((student_tokens, "student_tokens"), (teacher_tokens, "teacher_tokens"))
+    ]
     check_learnable(learned)
     losses = []
     for index, (s, t) in enumerate(pairs):
         student, teacher = learned[s], taught[t]
-        check_comparable(student, teacher)
         if isinstance(schedule, str):
             groups = group_heads(teacher.num_heads, student.num_heads, schedule)
         else:
             groups = schedule[index]
-        mix = mixing_matrix(teacher, groups, weights=weights, rows=rows)
-        losses.append(
-            attention_divergence(
-                student, teacher, mix, rows=rows, temperature=temperature, implementation=implementation
-            )
-        )
+        tokens = share_tokens(student, teacher, *layouts)
+        losses.append(_layer_loss(student, teacher, groups, tokens, weights, rows, temperature, implementation))
     return torch.stack(losses).mean()
+
+
+def _layer_loss(
+    student: AttentionRecord,
+    teacher: AttentionRecord,
+    groups: HeadGroups,
+    tokens: SharedTokens | None,
+    weights: str,
+    rows: Tensor | None,
+    temperature: float,
+    implementation: str = "auto",
+) -> Tensor:
+    """Nats per valid row and head of one layer pair."""
+    if tokens is None:
+        check_comparable(student, teacher)
+    else:
+        (student, teacher), rows = tokens.squeezed(student, teacher), tokens.rows(rows)
+    mix = mixing_matrix(teacher, groups, weights=weights, rows=rows)
+    return attention_divergence(
+        student, teacher, mix, rows=rows, temperature=temperature, implementation=implementation
+    )
 
 
 @dataclass
@@ -85,15 +112,14 @@ class SqueezedHeads(SqueezedObjective):
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Mean over the batch's rows that count, student heads and paired layers."""
-        return squeezed_attention_loss(
-            [evidence.learned[layer.student_position] for layer in self.plan],
-            [evidence.taught[layer.teacher_position] for layer in self.plan],
-            layers=[[index, index] for index in range(len(self.plan))],
-            schedule=[layer.groups for layer in self.plan],
-            weights=self.weights,
-            rows=evidence.rows,
-            temperature=self.temperature,
-        )
+        learned = [evidence.learned[layer.student_position] for layer in self.plan]
+        taught = [evidence.taught[layer.teacher_position] for layer in self.plan]
+        check_learnable(learned)
+        losses = [
+            _layer_loss(student, teacher, layer.groups, layer.tokens, self.weights, evidence.rows, self.temperature)
+            for student, teacher, layer in zip(learned, taught, self.plan, strict=True)
+        ]
+        return torch.stack(losses).mean()
 
 
 def check_learnable(learned: Sequence[AttentionRecord]) -> None:

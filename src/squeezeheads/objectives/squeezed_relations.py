@@ -12,6 +12,7 @@ from torch import Tensor
 from squeezeheads.attention import AttentionRecord, compute_dtype
 from squeezeheads.divergence import check_comparable
 from squeezeheads.objectives.base import Evidence
+from squeezeheads.objectives.layer_plan import sliced
 from squeezeheads.objectives.relation_records import (
     relation_divergence,
     relation_record,
@@ -56,7 +57,7 @@ class SqueezedRelations(SqueezedObjective):
             ValueError: no self-attention; values or output projection not known.
         """
         for layer in self.plan:
-            student, teacher = first.learned[layer.student_position], first.taught[layer.teacher_position]
+            student, teacher, _ = sliced(layer, first)
             for record in (student, teacher):
                 require_self_attention(record)
             require_values(teacher, PURPOSE, INSTEAD)
@@ -69,14 +70,15 @@ class SqueezedRelations(SqueezedObjective):
             ValueError: layers that cannot be compared; values or output projection not known.
             RuntimeError: gradients are on, but none can reach the student's values.
         """
-        learned, taught = [], []
+        learned, taught, counted = [], [], []
         for layer in self.plan:
-            student, teacher = evidence.learned[layer.student_position], evidence.taught[layer.teacher_position]
+            student, teacher, rows = sliced(layer, evidence)
             check_comparable(student, teacher)
-            learned.append(_student_relations(student, evidence.rows))
-            taught.append(_teacher_relations(teacher, layer.groups, evidence.rows))
+            learned.append(_student_relations(student, rows))
+            taught.append(_teacher_relations(teacher, layer.groups, rows))
+            counted.append(rows)
         check_learnable(learned)
-        losses = [relation_divergence(*pair, evidence.rows) for pair in zip(learned, taught, strict=True)]
+        losses = [relation_divergence(*pair) for pair in zip(learned, taught, counted, strict=True)]
         return torch.stack(losses).mean()
 
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
+from squeezeheads.token_layout import SharedTokens
+
 
 def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
     """``mean ± standard deviation`` (n − 1), the spread only where there is one; "n/a" where a value is not finite, or
@@ -71,7 +73,7 @@ def result_markdown(results: dict[str, Any]) -> str:
 
 
 def plan_table(plan: Sequence[dict[str, Any]], name: str) -> Table:
-    """Which teacher heads teach which student heads, layer by layer (all counted from 0).
+    """Which teacher heads teach which student heads, layer by layer (all counted from 0), by which tokens.
 
     Args:
         plan: as an objective on squeezed heads stores it.
@@ -84,4 +86,7 @@ def plan_table(plan: Sequence[dict[str, Any]], name: str) -> Table:
     for layer in plan:
         heads = "   ".join(f"{s} ← {', '.join(map(str, group))}" for s, group in enumerate(layer["groups"]))
         table.add_row(layer["student_layer"], layer["teacher_layer"], heads)
+    shared = [SharedTokens.from_json(layer.get("tokens")) for layer in plan]
+    named = list(dict.fromkeys(str(tokens or "all") for tokens in shared))  # nearly always the same in all layers
+    table.caption = f"tokens compared: {'; '.join(named)}"
     return table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -13,10 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from squeezeheads.distillation import labelled_targets, padding_rows
+from squeezeheads.distillation import Inputs, labelled_targets, one_pass, padding_rows
+from squeezeheads.tasks import modeling
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
+
+    from squeezeheads.objectives import Objective
 
 
 @dataclass
@@ -39,6 +42,20 @@ class Pretrained:
     student: str | None = None
     made: str | None = None
     """Folder in which an earlier start of the run kept what ``Task.save_made`` wrote, where there was one."""
+
+
+@dataclass
+class TrainingData:
+    """What one training sees of a task."""
+
+    samples: Sequence[Mapping[str, Any]]
+    """The training split."""
+    collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
+    """Samples as a batch."""
+    passes: Callable[[Inputs], Sequence[Inputs]] = one_pass
+    """The forward passes of a batch, see ``SqueezeTrainer``."""
+    callbacks: list[TrainerCallback] = field(default_factory=list)
+    """What goes on beside the steps."""
 
 
 @dataclass
@@ -86,6 +103,43 @@ class Task:
         """
         raise NotImplementedError
 
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The metrics of ``measure`` that the table shows, the main one first."""
+        return (self.metric, *self.shown)
+
+    def new_config(self, changes: Mapping[str, Any], key: str, base: Any = None) -> Any:
+        """The configuration of a new model, see ``modeling.new_config``."""
+        return modeling.new_config(self, changes, key, base)
+
+    def pretrained_config(self, path: str, key: str) -> Any:
+        """The configuration of a pretrained model.
+
+        Raises:
+            RecipeError: there is none; names ``key``.
+        """
+        return modeling.pretrained_config(path, key)
+
+    def check_objective(self, objective: Objective, key: str) -> None:
+        """Whether an objective makes sense for this task.
+
+        Raises:
+            RecipeError: it does not; names ``key``.
+        """
+
+    def training_data(
+        self, samples: Sequence[Mapping[str, Any]], model: PreTrainedModel, seed: int, pictures: Path | None = None
+    ) -> TrainingData:
+        """What the training of a model sees.
+
+        Args:
+            samples: the training split.
+            model: what is trained.
+            seed: of what is drawn anew for every sample that is seen.
+            pictures: folder for what shows how training goes; none are made without it.
+        """
+        return TrainingData(samples, self.collate)
+
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         """Samples as a batch of a model's inputs."""
         from transformers import default_data_collator
@@ -131,8 +185,16 @@ class Task:
             path, attn_implementation=attn_implementation, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
 
-    def save_companions(self, folder: Path) -> None:
-        """Save what a model's folder needs beside the model: its tokenizer, its image processor."""
+    def adapt_config(self, config: PreTrainedConfig) -> PreTrainedConfig:
+        """The configuration under which a pretrained model is loaded for this data, from its own."""
+        return config
+
+    def save_companions(self, folder: Path, source: str | None = None) -> None:
+        """Save what a model's folder needs beside the model: its tokenizer, its image processor.
+
+        Args:
+            source: the pretrained model that was trained further, if the model is one.
+        """
 
     def check_companions(self, path: str, whose: str) -> None:
         """Whether the data are encoded as for the model in this folder: what ``save_companions`` left there says so.

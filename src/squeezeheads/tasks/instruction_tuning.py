@@ -203,7 +203,7 @@ class InstructionTuning(Task):
         metrics |= {name: fmean(values) for name, values in by_seed.items()}
         return metrics | {f"{name}_seeds": by_seed[name] for name in ("rouge_l", "exact_match")}
 
-    def save_companions(self, folder: Path) -> None:
+    def save_companions(self, folder: Path, source: str | None = None) -> None:
         """The tokenizer."""
         self._tokenizer.save_pretrained(str(folder))
 

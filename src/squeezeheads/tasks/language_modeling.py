@@ -273,7 +273,7 @@ class LanguageModeling(Task):
         """SHA-256 of the split's tokens."""
         return super().fingerprint([{"tokens": samples.tokens}] if isinstance(samples, Blocks) else samples)
 
-    def save_companions(self, folder: Path) -> None:
+    def save_companions(self, folder: Path, source: str | None = None) -> None:
         """The tokenizer."""
         self._tokenizer.save_pretrained(folder)
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from squeezeheads.errors import RecipeError, in_short
-from squeezeheads.tasks.base import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
+
+    from squeezeheads.tasks.base import Task
 
 # Sizes and counts in transformers' configurations: whole numbers of at least 1, by whatever name.
 _COUNT = re.compile(
@@ -49,7 +50,9 @@ def new_config(
         known = CONFIG_MAPPING[model_type]()
         _check_changes(changes, known, key)
         # transformers keeps unknown keys too: a model without position embeddings has no use for a number of positions.
-        data = {k: v for k, v in task.data_config().items() if known.attribute_map.get(k, k) in known.to_dict()}
+        # (Every configuration has labels; that of timm's models writes them under other names.)
+        options = {*known.to_dict(), "id2label", "label2id"}
+        data = {k: v for k, v in task.data_config().items() if known.attribute_map.get(k, k) in options}
         own = {known.attribute_map.get(name, name): value for name, value in changes.items()}
         data = {known.attribute_map.get(name, name): value for name, value in data.items()}
         try:
@@ -73,6 +76,20 @@ def new_config(
     return config
 
 
+def pretrained_config(path: str, key: str) -> PreTrainedConfig:
+    """The configuration in a folder or on the hub.
+
+    Raises:
+        RecipeError: there is none; names ``key``.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (OSError, ImportError, ValueError) as error:
+        raise RecipeError(f"{key}={path!r} cannot be loaded: {in_short(error)}") from error
+
+
 # Configurations that list something for each layer: what kind it is, whether its positions are rotated …
 _PER_LAYER = re.compile(r"(layer_types|layers_block_type|attention_layers|no_rope_layers|layer_rope_theta|_per_layer)$")
 
@@ -84,7 +101,7 @@ def _changed(base: PreTrainedConfig, changes: Mapping[str, Any], key: str) -> Pr
     Lists that were a choice are cut to the first layers; a model of more layers needs its own.
     """
     config = copy.deepcopy(base)
-    derived = _head_width(config) == getattr(config, "head_dim", None)
+    derived = _head_width(config) is not None and _head_width(config) == getattr(config, "head_dim", None)
     before = getattr(config, "num_hidden_layers", None)
     try:
         for name, value in changes.items():
@@ -112,7 +129,7 @@ def _changed(base: PreTrainedConfig, changes: Mapping[str, Any], key: str) -> Pr
                     f"{key}.{name} is needed: the teacher lists its own for {before} layers, this model has {after}. "
                     "Give one entry a layer."
                 )
-        return type(base)(**options)
+        return type(base).from_dict(options)  # timm's writes labels as only from_dict reads them
     except RecipeError:
         raise
     except Exception as error:  # what a configuration raises is its own matter
@@ -156,12 +173,16 @@ def _check_changes(changes: Mapping[str, Any], config: PreTrainedConfig, key: st
     for name, value in changes.items():
         if not hasattr(config, name):
             raise RecipeError(f"{key}.{name} is no option of {type(config).__name__}.{similar(name, config.to_dict())}")
-        if (
-            _COUNT.search(name)
-            and value is not None
-            and not (isinstance(value, int | list) and value and _positive(value))
-        ):
-            raise RecipeError(f"{key}.{name}={value!r}: expected a whole number of at least 1.")
+        check_count(name, value, key)
+
+
+def check_count(name: str, value: Any, key: str) -> None:
+    """
+    Raises:
+        RecipeError: a size or a count, by its name, that is no whole number of at least 1.
+    """
+    if _COUNT.search(name) and value is not None and not (isinstance(value, int | list) and value and _positive(value)):
+        raise RecipeError(f"{key}.{name}={value!r}: expected a whole number of at least 1.")
 
 
 def _head_width(config: PreTrainedConfig) -> int | None:

@@ -1,0 +1,138 @@
+"""Images from a denoiser: a diffusers pipeline that saves and loads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, DPMSolverMultistepScheduler, ImagePipelineOutput
+from torch import Tensor, nn
+
+SAMPLERS = ("ddim", "dpm", "ddpm")
+
+
+class ClassConditionalPipeline(DiffusionPipeline):
+    """Class-conditional images in pixel space, or through an ``AutoencoderKL`` from its latents, with classifier-free
+    guidance. ``save_pretrained`` and ``from_pretrained`` as of any diffusers pipeline.
+
+    diffusers' own ``DiTPipeline`` takes the same models where there is an autoencoder and 1,000 classes: it takes no
+    other label for "no class" than 1000, and no model without an autoencoder.
+
+    Args:
+        transformer: ``DiTTransformer2DModel`` or ``MDTTransformer2DModel``.
+        scheduler: any of diffusers that goes by predicted noise.
+        vae: ``None`` in pixel space.
+    """
+
+    _optional_components = ["vae"]
+    model_cpu_offload_seq = "transformer->vae"
+
+    def __init__(self, transformer: nn.Module, scheduler: Any, vae: nn.Module | None = None) -> None:
+        super().__init__()
+        self.register_modules(transformer=transformer, scheduler=scheduler, vae=vae)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Sequence[int] | Tensor,
+        guidance_scale: float = 1.0,
+        num_inference_steps: int = 50,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+    ) -> ImagePipelineOutput:
+        """One image a label.
+
+        Args:
+            class_labels: B classes.
+            guidance_scale: s in ε(no class) + s · (ε(class) − ε(no class)); 1 takes ε(class) alone.
+            num_inference_steps: steps of the scheduler.
+            generator: one, or one an image: then an image does not depend on what else is in the batch.
+            output_type: "pil", "np" (B, H, W, C) or "pt" (B, C, H, W), values from 0 to 1.
+
+        Raises:
+            ValueError: a class that there is not, an unknown ``output_type``.
+        """
+        if output_type not in ("pil", "np", "pt"):
+            raise ValueError(f"output_type={output_type!r} is unknown: expected pil, np or pt.")
+        from diffusers.utils.torch_utils import randn_tensor
+
+        options = self.transformer.config
+        classes, channels, size = options.num_embeds_ada_norm, options.in_channels, options.sample_size
+        device, dtype = self.transformer.device, self.transformer.dtype
+        labels = torch.as_tensor(class_labels, device=device).reshape(-1)
+        if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
+            raise ValueError(f"class_labels={labels.tolist()}: expected at least one class from 0 to {classes - 1}.")
+        guided = guidance_scale != 1
+        if guided:
+            labels = torch.cat([labels, torch.full_like(labels, classes)])
+        shape = (len(labels) // (2 if guided else 1), channels, size, size)
+        images = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        images = images * self.scheduler.init_noise_sigma
+        takes_variance = str(self.scheduler.config.get("variance_type")).startswith("learned")
+        extra = {} if not _takes_generator(self.scheduler) else {"generator": generator}
+        for step in self.progress_bar(self.scheduler.timesteps):
+            given = self.scheduler.scale_model_input(torch.cat([images, images]) if guided else images, step)
+            out = self.transformer(given, timestep=step.expand(len(given)), class_labels=labels).sample
+            noise, rest = out[:, :channels], out[:, channels:]
+            if guided:
+                with_class, without = noise.chunk(2)
+                noise, rest = without + guidance_scale * (with_class - without), rest.chunk(2)[0]
+            predicted = torch.cat([noise, rest], 1) if takes_variance else noise
+            images = self.scheduler.step(predicted, step, images, **extra).prev_sample
+        if self.vae is not None:
+            images = self.vae.decode(images / self.vae.config.scaling_factor).sample
+        images = (images / 2 + 0.5).clamp(0, 1).float()
+        self.maybe_free_model_hooks()
+        if output_type == "pt":
+            return ImagePipelineOutput(images=images)
+        arrays = images.permute(0, 2, 3, 1).cpu().numpy()
+        return ImagePipelineOutput(images=arrays if output_type == "np" else self.numpy_to_pil(arrays))
+
+
+def make_sampler(name: str, noising: DDPMScheduler, learned_variance: bool, pixels: bool) -> Any:
+    """A scheduler for sampling, with the noise schedule of training.
+
+    Args:
+        name: "ddim" (deterministic), "dpm" (multistep DPM-Solver++), "ddpm" (ancestral; with the learned variance where
+            there is one).
+        noising: the scheduler of training.
+        learned_variance: whether the model predicts v.
+        pixels: images lie between −1 and 1, and are kept there.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "ddim":
+        return DDIMScheduler.from_config(noising.config, clip_sample=pixels, set_alpha_to_one=True)
+    if name == "dpm":
+        # Kept in bounds by a quantile of each image's values, which DPM-Solver++ has in place of clipping.
+        return DPMSolverMultistepScheduler.from_config(noising.config, thresholding=pixels, variance_type=None)
+    if name == "ddpm":
+        kind = "learned_range" if learned_variance else "fixed_small"
+        return DDPMScheduler.from_config(noising.config, clip_sample=pixels, variance_type=kind)
+    raise ValueError(f"sampler={name!r} is unknown: expected {', '.join(SAMPLERS)}.")
+
+
+def generate(
+    pipeline: ClassConditionalPipeline, labels: Tensor, *, guidance: float, steps: int, seed: int, batch_size: int
+) -> Tensor:
+    """(n, C, H, W) images from 0 to 1 on the CPU, one a label; the same for every batch size."""
+    pipeline.set_progress_bar_config(disable=True)
+    images = []
+    for start in range(0, len(labels), batch_size):
+        part = labels[start : start + batch_size]
+        generators = [torch.Generator().manual_seed(_seed(seed, start + i)) for i in range(len(part))]
+        images.append(pipeline(part, guidance, steps, generators, output_type="pt").images.cpu())
+    return torch.cat(images)
+
+
+def _seed(seed: int, index: int) -> int:
+    return (seed * 1_000_003 + index) % 2**32
+
+
+def _takes_generator(scheduler: Any) -> bool:
+    import inspect
+
+    return "generator" in inspect.signature(scheduler.step).parameters

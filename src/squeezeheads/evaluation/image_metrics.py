@@ -1,0 +1,192 @@
+"""How good generated images are, by features of any model; letters: n images, F features."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from squeezeheads.distillation import evaluating
+from squeezeheads.errors import RecipeError
+
+
+def frechet_distance(real: Tensor, generated: Tensor) -> float:
+    """Squared Fréchet distance between two Gaussians that are fitted to features: ‖m₁ − m₂‖² + tr(S₁ + S₂ − 2 (S₁
+    S₂)^½), in float64.
+
+    It is called FID where the features are those of one certain Inception network, and must not be where they are
+    others. It is biased upwards for few images: compare values of equal numbers alone.
+
+    Args:
+        real: (n, F).
+        generated: (m, F).
+
+    Raises:
+        ValueError: fewer than 2 images, or other features.
+
+    Source: Heusel et al., "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium", arXiv
+    1706.08500; Dowson, Landau 1982.
+    """
+    _check_features(real, generated, 2)
+    means, covariances = zip(*(_moments(features) for features in (real, generated)), strict=True)
+    values, vectors = torch.linalg.eigh(covariances[0])
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.mT
+    # tr (S₁ S₂)^½ by way of a symmetric matrix of the same eigenvalues.
+    inner = torch.linalg.eigvalsh(root @ covariances[1] @ root).clamp_min(0).sqrt().sum()
+    traces = covariances[0].trace() + covariances[1].trace()
+    return ((means[0] - means[1]).square().sum() + traces - 2 * inner).clamp_min(0).item()
+
+
+def precision_and_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tuple[float, float]:
+    """Share of generated images that lie in the real images' manifold, and the other way round. A manifold is the union
+    of balls around its images, each reaching to the image's ``neighbours``-th nearest other one.
+
+    Args:
+        real: (n, F).
+        generated: (m, F).
+
+    Raises:
+        ValueError: no more images than ``neighbours``, or other features.
+
+    Source: Kynkäänniemi et al., "Improved Precision and Recall Metric for Assessing Generative Models", arXiv
+    1904.06991.
+    """
+    _check_features(real, generated, neighbours + 1)
+    return _share_inside(generated, real, neighbours), _share_inside(real, generated, neighbours)
+
+
+def _share_inside(points: Tensor, manifold: Tensor, neighbours: int, chunk: int = 1024) -> float:
+    points, manifold = points.double(), manifold.double()
+    # The nearest is the image itself.
+    reach = torch.cat([torch.cdist(m, manifold).kthvalue(neighbours + 1, dim=1).values for m in manifold.split(chunk)])
+    inside = sum(int((torch.cdist(p, manifold) <= reach).any(1).sum()) for p in points.split(chunk))
+    return inside / len(points)
+
+
+def _moments(features: Tensor) -> tuple[Tensor, Tensor]:
+    return features.double().mean(0), torch.cov(features.double().mT).reshape(features.shape[1], features.shape[1])
+
+
+def _check_features(real: Tensor, generated: Tensor, least: int) -> None:
+    for whose, features in (("real", real), ("generated", generated)):
+        if features.dim() != 2 or len(features) < least:
+            raise ValueError(f"{whose} features {tuple(features.shape)}: expected (n, F) of at least {least} images.")
+    if real.shape[1] != generated.shape[1]:
+        raise ValueError(f"real images have {real.shape[1]} features, generated ones {generated.shape[1]}.")
+
+
+class ImageModel(nn.Module):
+    """A vision model of transformers that is given images from 0 to 1 as it was trained on them.
+
+    Size, mean and deviation are those of the folder's image processor. Without one, images are scaled to −1 … 1 (as the
+    image classifiers of this package are trained). Grey images are repeated for models that take three channels.
+
+    Args:
+        path: folder or hub name; safetensors alone.
+        classifies: with its head: logits; otherwise features, the mean over its last tokens or positions.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
+
+    def __init__(self, path: str, *, classifies: bool) -> None:
+        super().__init__()
+        from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+
+        kind = AutoModelForImageClassification if classifies else AutoModel
+        try:
+            self.model = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True).eval()
+        except (OSError, ValueError, ImportError) as error:
+            raise RecipeError(f"{path}: cannot be loaded as a vision model: {error}") from error
+        self.classifies = classifies
+        self.processor: Any = None
+        if not Path(path).is_dir() or (Path(path) / "preprocessor_config.json").is_file():
+            self.processor = AutoImageProcessor.from_pretrained(path)
+
+    @property
+    def classes(self) -> int:
+        """How many it tells apart."""
+        return int(self.model.config.num_labels)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, C, H, W) from 0 to 1 → (B, classes) logits or (B, F) features."""
+        config = self.model.config
+        channels = getattr(config, "num_channels", 3)
+        if images.shape[1] == 1 and channels == 3:
+            images = images.expand(-1, 3, -1, -1)
+        mean, deviation, size = [0.5], [0.5], getattr(config, "image_size", None)
+        if self.processor is not None:
+            if getattr(self.processor, "do_normalize", True):
+                mean, deviation = self.processor.image_mean, self.processor.image_std
+            crop = getattr(self.processor, "crop_size", None) if getattr(self.processor, "do_center_crop", 0) else None
+            wanted = dict(crop or self.processor.size)
+            size = [wanted[k] for k in ("height", "width")] if "height" in wanted else wanted.get("shortest_edge", size)
+        if isinstance(size, int):
+            size = [size, size]
+        if size is not None and list(images.shape[2:]) != list(size):
+            images = F.interpolate(images, list(size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+        scale = [torch.tensor(values, device=images.device)[None, :, None, None] for values in (mean, deviation)]
+        outputs = self.model(pixel_values=(images - scale[0]) / scale[1])
+        if self.classifies:
+            return outputs.logits
+        states = outputs.last_hidden_state
+        return states.mean(1) if states.dim() == 3 else states.flatten(2).mean(2)
+
+
+@torch.no_grad()
+def features_of(module: nn.Module, images: Tensor, batch_size: int) -> Tensor:
+    """What ``module`` makes of images (n, C, H, W), as (n, F) on the CPU, in eval mode on the module's device."""
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    with evaluating(module):
+        return torch.cat([module(part.to(device)).flatten(1).float().cpu() for part in images.split(batch_size)])
+
+
+def class_accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> float:
+    """Share of images that the classifier puts into the class that they were asked for.
+
+    Args:
+        classifier: (B, C, H, W) → logits (B, classes).
+        images: (n, C, H, W).
+        labels: (n,).
+    """
+    guesses = features_of(classifier, images, batch_size).argmax(1)
+    return (guesses == labels.cpu()).double().mean().item()
+
+
+def inception_metrics(real: Tensor, generated: Tensor, batch_size: int) -> dict[str, float]:
+    """FID and Inception score by torchmetrics, with torch-fidelity's standard Inception network.
+
+    Args:
+        real: (n, C, H, W) from 0 to 1; grey images are repeated.
+        generated: (m, C, H, W).
+
+    Returns:
+        ``fid``; ``inception_score``, the mean over ten parts (nats, exponentiated).
+
+    Raises:
+        RecipeError: a package or the network's weights are missing.
+    """
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        from torchmetrics.image.inception import InceptionScore
+
+        metrics: list[Any] = [FrechetInceptionDistance(normalize=True), InceptionScore(normalize=True)]
+    except (ImportError, OSError) as error:
+        raise RecipeError(
+            f"FID and Inception score need torchmetrics, torch-fidelity and the weights that it downloads: {error} "
+            "Install them with pip install torchmetrics torch-fidelity, or set sampling.inception to false: the "
+            "Fréchet distance on other features needs neither."
+        ) from error
+    fid, score = metrics
+    for images, is_real in ((real, True), (generated, False)):
+        for part in images.split(batch_size):
+            part = part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part
+            fid.update(part, real=is_real)
+            if not is_real:
+                score.update(part)
+    values = {"fid": float(fid.compute()), "inception_score": float(score.compute()[0])}
+    return {name: value for name, value in values.items() if math.isfinite(value)}

@@ -1,0 +1,51 @@
+"""DeiT's hard distillation: the teacher's decision as the label of the distillation token's head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from squeezeheads.objectives.base import Evidence, Objective, logits_of
+from squeezeheads.objectives.distillation_head import distillation_logits_of
+
+
+@dataclass
+class DeiTHard(Objective):
+    """Cross-entropy of the student's distillation head with the class that the teacher finds likeliest, in nats per
+    prediction. Of several teachers the logits are averaged.
+
+    The teacher may be any classifier, a CNN too: only its logits are asked for. DeiT weighs it ½, and the task ½. At
+    evaluation the student averages its two heads.
+
+    Source: Touvron et al., "Training data-efficient image transformers & distillation through attention", arXiv
+    2012.12877.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"teacher_logits"})
+    unit: ClassVar[str] = "nats per prediction"
+
+    def __call__(self, evidence: Evidence) -> Tensor:
+        """Mean over the predictions that count; 0 where none does.
+
+        Raises:
+            TypeError: a student without a distillation head.
+            ValueError: other classes than the teacher's.
+        """
+        logits = distillation_logits_of(evidence.student).float()
+        outputs = evidence.teacher if isinstance(evidence.teacher, list) else [evidence.teacher]
+        taught = [logits_of(output, "teacher").detach() for output in outputs]
+        for other in taught:
+            if other.shape != logits.shape:
+                raise ValueError(
+                    f"student logits {tuple(logits.shape)} and teacher logits {tuple(other.shape)} differ: the "
+                    "teacher's decision is no label for other classes."
+                )
+        decided = torch.stack([t.float() for t in taught]).mean(0).argmax(-1)
+        if evidence.targets is None:
+            return F.cross_entropy(logits, decided)
+        losses = F.cross_entropy(logits, decided, reduction="none") * evidence.targets
+        return losses.sum() / evidence.targets.sum().clamp_min(1)

@@ -1,0 +1,478 @@
+"""Class-conditional image generation with a diffusion transformer: DiT or MDTv2."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from squeezeheads.distillation import evaluating
+from squeezeheads.errors import RecipeError
+from squeezeheads.objectives import Objective
+from squeezeheads.objectives.token_chunks import LogitObjective
+from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
+from squeezeheads.tasks.images import SplitPlan, read_images
+from squeezeheads.tasks.modeling import check_count, similar
+from squeezeheads.tasks.square_images import SquareImages
+
+if TYPE_CHECKING:
+    from diffusers import DDPMScheduler
+    from torch import nn
+
+    from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig
+    from squeezeheads.diffusion.draws import Noising
+    from squeezeheads.diffusion.pipeline import ClassConditionalPipeline
+    from squeezeheads.evaluation.image_metrics import ImageModel
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+MEASURE_SEED = 2**31
+"""Draws of validation and test: those of no training, whose seeds are smaller in every recipe that is likely."""
+
+
+@dataclass
+class DiffusionSpec:
+    """How images are noised and what a denoiser is trained by."""
+
+    steps: int = 1000
+    """Steps T of the noise schedule."""
+    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    """Noise schedule, by diffusers' names."""
+    beta_start: float = 0.0001
+    """Noise variance of the first step (of the schedules that have ends)."""
+    beta_end: float = 0.02
+    """Noise variance of the last step."""
+    learned_variance: bool = True
+    """Whether new models predict the variance of a step beside the noise."""
+    variational_weight: float = 0.001
+    """Factor of T times the variational term (bits per element), which trains the learned variance; 0 leaves it out."""
+    min_snr: float = 0.0
+    """k of the Min-SNR weight min(SNR, k) / SNR of the squared error; MDTv2 takes 5. 0 weighs all steps alike."""
+    label_drop: float = 0.1
+    """Probability that a training image is without its label, for classifier-free guidance."""
+    mask_ratio: list[float] = field(default_factory=lambda: [0.3, 0.5])
+    """Where the student is an MDT: between which shares of tokens the second pass of a batch masks. [] leaves that pass
+    out."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights, which is then what is saved and measured; DiT takes 0.9999 with long
+    training. 0: the weights themselves."""
+
+    def __post_init__(self) -> None:
+        if self.steps < 2:
+            raise ValueError(f"steps={self.steps}: expected at least 2.")
+        if not 0 < self.beta_start <= self.beta_end < 1:
+            raise ValueError(
+                f"beta_start={self.beta_start} and beta_end={self.beta_end}: expected 0 < beta_start ≤ beta_end < 1."
+            )
+        if not 0 <= self.label_drop < 1:
+            raise ValueError(f"label_drop={self.label_drop}: expected a probability of less than 1.")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay={self.ema_decay}: expected a number below 1, or 0 for no average.")
+        if self.mask_ratio and (len(self.mask_ratio) != 2 or not 0 <= self.mask_ratio[0] <= self.mask_ratio[1] < 1):
+            raise ValueError(f"mask_ratio={self.mask_ratio}: expected two shares [low, high] from 0 to below 1, or [].")
+        if not self.variational_weight >= 0:
+            raise ValueError(f"variational_weight={self.variational_weight}: expected at least 0.")
+        if not self.min_snr >= 0:
+            raise ValueError(f"min_snr={self.min_snr}: expected a positive number, or 0 for no weights.")
+
+
+@dataclass
+class SamplingSpec:
+    """How images are generated, and how they are measured."""
+
+    sampler: Literal["ddim", "dpm", "ddpm"] = "ddim"
+    """diffusers' scheduler: DDIM, DPM-Solver++, or ancestral sampling with the learned variance."""
+    steps: int = 50
+    """Steps of the sampler."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance; 1 is without."""
+    seed: int = 0
+    """Of the noise that images start from."""
+    batch_size: int = 64
+    """Images generated at a time; the images do not depend on it."""
+    images: int = 1000
+    """Images generated for the metrics, evenly over the classes, compared with as many of the test split; 0 leaves
+    those metrics out."""
+    features: str = "pixels"
+    """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
+    transformers."""
+    inception: bool = False
+    """Also FID and Inception score, where torch-fidelity and its weights are installed."""
+    grid_every: int = 0
+    """Steps of training between grids of samples under figures/training; 0 draws one at the end alone."""
+    grid_columns: int = 8
+    """Images of each class in a grid."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "grid_columns"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
+        for name in ("images", "grid_every", "guidance", "seed"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
+
+
+@dataclass
+class ImageGeneration(Task):
+    """Images of given classes, by diffusion in pixel space or in the latents of an autoencoder.
+
+    The student that is kept is the one with the least noise error on the validation split.
+    """
+
+    data: str = "digits"
+    """Images. "digits": the 1,797 handwritten digits of 8 × 8 pixels that scikit-learn ships; or a folder: of IDX files
+    (Fashion-MNIST), of images with a folder a class, or one that `datasets` saved; or hub:NAME."""
+    image_size: int | None = None
+    """Height and width that images are scaled (shorter side first) and cropped to; left out: their own, where all are
+    squares of one size."""
+    image_column: str | None = None
+    """Of a data set of `datasets` with several columns of images."""
+    label_column: str | None = None
+    """Of a data set of `datasets` with several columns of classes."""
+    test_split: str | None = None
+    """The data's split that is reported on, where it is not called test: validation for ImageNet."""
+    autoencoder: str | None = None
+    """Folder or hub name of an AutoencoderKL of diffusers, in whose latents images are denoised. Left out: pixels."""
+    latent_cache: str = ".cache/latents"
+    """Folder where latents are kept, once encoded; by the files and the autoencoder's weights."""
+    validation_size: int = 297
+    """Images held out for choices; at most so many of the data's own validation split, where it has one."""
+    test_size: int = 500
+    """Images held out for the report; at most so many of the data's own test split, where it has one."""
+    split_seed: int = 0
+    """Seed of the split; classes are spread evenly."""
+    diffusion: DiffusionSpec = field(default_factory=DiffusionSpec)
+    """How images are noised and what a denoiser is trained by."""
+    sampling: SamplingSpec = field(default_factory=SamplingSpec)
+    """How images are generated, and how they are measured."""
+    classifier: str | None = None
+    """Folder or hub name of an image classifier of transformers for the same classes: how many generated images it puts
+    into the class that was asked for."""
+
+    metric: ClassVar[str] = "noise_error"
+    selection: ClassVar[str] = "noise_error"
+    selection_is_loss: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        for name in ("validation_size", "test_size"):
+            if getattr(self, name) < 10:
+                raise ValueError(f"{name}={getattr(self, name)}: expected at least 10.")
+        self._levels = 256
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        measured = ("frechet_distance", "precision", "recall") if self.sampling.images else ()
+        accuracy = ("class_accuracy",) if self.sampling.images and self.classifier else ()
+        inception = ("fid", "inception_score") if self.sampling.images and self.sampling.inception else ()
+        return (self.metric, *measured, *accuracy, *inception)
+
+    # -- data --------------------------------------------------------------------------------------------------------
+
+    def load_data(self, pretrained: Pretrained) -> Splits:
+        """Images or latents and their classes, each with a seed for its draws."""
+        from squeezeheads.diffusion.draws import SeededImages
+
+        found = read_images(self.data, self.image_column, self.label_column)
+        limits = {"train": None, "validation": self.validation_size, "test": self.test_size}
+        plan = SplitPlan(self.validation_size, self.test_size, self.test_split, self.split_seed, limits)
+        parts = plan.apply(found)
+        size = self.image_size or found["train"].own_size
+        if size is None:
+            raise RecipeError(f"data={self.data!r} has images of several sizes, or no squares: give image_size.")
+        self._classes = len(found["train"].classes)
+        channels = found["train"].own_channels
+        self._shape: tuple[int, int] = (channels, size)
+        self._levels = found["train"].white + 1
+        squares = {id(part.images): SquareImages(part.images, channels, size) for part in parts.values()}
+        self._test_pixels = (squares[id(parts["test"].images)], [int(i) for i in parts["test"].indices])
+        encoded = {key: self._encoded(images) for key, images in squares.items()}
+        splits = []
+        for name, seed in (("train", 0), ("validation", MEASURE_SEED), ("test", MEASURE_SEED)):
+            images, labels = parts[name].images, torch.from_numpy(parts[name].images.labels)
+            chosen = [int(index) for index in parts[name].indices]
+            splits.append(SeededImages(encoded[id(images)], labels, seed, chosen))
+        self._parts = list(zip(splits, parts.values(), strict=True))
+        return Splits(splits[0], splits[1], splits[2])
+
+    def fingerprint(self, samples: Sequence[Mapping[str, Any]]) -> str:
+        """SHA-256 of the split's stored images and labels: nothing is decoded, encoded or drawn."""
+        (part,) = [part for split, part in self._parts if split is samples]
+        return part.fingerprint()
+
+    def _encoded(self, images: SquareImages) -> Sequence[Tensor]:
+        """The images' latents where there is an autoencoder."""
+        if self._vae is None:
+            return images
+        from squeezeheads.diffusion.latents import encode_images, latent_size
+
+        try:
+            self._shape = latent_size(self._vae, images.size)
+        except ValueError as error:
+            raise RecipeError(f"autoencoder={self.autoencoder!r}: {error}") from error
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return encode_images(images, images.identity, self._vae.to(device), Path(self.latent_cache), told=print)
+
+    @cached_property
+    def _vae(self) -> Any:
+        """The autoencoder, if there is one."""
+        if self.autoencoder is None:
+            return None
+        from squeezeheads.diffusion.latents import load_autoencoder
+
+        try:
+            return load_autoencoder(self.autoencoder)
+        except (OSError, ValueError, ImportError) as error:
+            raise RecipeError(f"autoencoder={self.autoencoder!r} cannot be loaded: {error}") from error
+
+    def data_config(self) -> dict[str, Any]:
+        channels, size = self._shape
+        return {
+            "in_channels": channels,
+            "out_channels": 2 * channels if self.diffusion.learned_variance else channels,
+            "sample_size": size,
+            "num_embeds_ada_norm": self._classes,
+        }
+
+    @cached_property
+    def _noising(self) -> Noising:
+        """Of validation and test: with all labels, in one pass."""
+        from squeezeheads.diffusion.draws import Noising
+
+        return Noising(self._scheduler, self._classes)
+
+    @cached_property
+    def _scheduler(self) -> DDPMScheduler:
+        from diffusers import DDPMScheduler
+
+        spec = self.diffusion
+        with torch.device("cpu"):  # also where a model is planned without weights
+            return DDPMScheduler(
+                num_train_timesteps=spec.steps,
+                beta_schedule=spec.schedule,
+                beta_start=spec.beta_start,
+                beta_end=spec.beta_end,
+                prediction_type="epsilon",
+                clip_sample=self._pixels,
+            )
+
+    def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        return self._noising(samples)
+
+    def training_data(
+        self, samples: Sequence[Mapping[str, Any]], model: Any, seed: int, pictures: Path | None = None
+    ) -> TrainingData:
+        """Draws of this seed; two passes for an MDT; averaged weights and grids of samples beside the steps."""
+        from squeezeheads.diffusion.callbacks import AveragedWeights, SampleGrids
+        from squeezeheads.diffusion.draws import Noising, SeededImages, two_passes
+
+        assert isinstance(samples, SeededImages)
+        spec = self.diffusion
+        masked = model.config.model_type == "mdt" and bool(spec.mask_ratio)
+        low, high = spec.mask_ratio or (0.0, 0.0)
+        collate = Noising(
+            self._scheduler, self._classes, spec.label_drop, model.tokens if masked else None, (low, high)
+        )  # fmt: skip
+        average = None if not spec.ema_decay else AveragedWeights(model, spec.ema_decay)
+        callbacks: list[Any] = [] if average is None else [average]
+        if pictures is not None:
+
+            def draw(file: Path) -> None:
+                self.draw_grid(model, file)
+
+            callbacks.append(SampleGrids(draw, pictures, self.sampling.grid_every, average))
+        return TrainingData(samples.seeded(seed), collate, two_passes, callbacks)
+
+    # -- models ------------------------------------------------------------------------------------------------------
+
+    def new_config(self, changes: Mapping[str, Any], key: str, base: DenoiserConfig | None = None) -> DenoiserConfig:
+        """The configuration of a new denoiser: ``model_type`` dit or mdt, and any option of its class."""
+        import inspect
+
+        from squeezeheads.diffusion.denoiser import DenoiserConfig, build_model, model_types
+
+        options = dict(changes)
+        model_type = options.pop("model_type", base.model_type if base is not None else None)
+        if model_type not in model_types():
+            raise RecipeError(
+                f"{key}.model_type={model_type!r} is unknown: expected one of {', '.join(model_types())}."
+            )
+        kind: Any = model_types()[model_type]
+        known = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
+        for name, value in options.items():
+            if name not in known:
+                raise RecipeError(f"{key}.{name} is no option of {kind.__name__}.{similar(name, known)}")
+            check_count(name, value, key)
+        kept = copy.deepcopy(base.options) if base is not None else {}
+        # What both kinds have in common carries over from the teacher; the rest is each kind's own.
+        kept = {name: value for name, value in kept.items() if name in known}
+        merged = {**kept, **{k: v for k, v in self.data_config().items() if base is None}, **options}
+        try:
+            with torch.device("meta"):
+                model = build_model(DenoiserConfig(model_type, merged))
+        except (ValueError, TypeError, RuntimeError, NotImplementedError, ZeroDivisionError) as error:
+            raise RecipeError(f"{key}: {kind.__name__} refuses these options: {error}") from error
+        size, patch = merged["sample_size"], model.config.patch_size  # type: ignore[union-attr]
+        if size % patch:
+            raise RecipeError(
+                f"{key}: sample_size={size} is no multiple of patch_size={patch}: choose one that divides."
+            )
+        return DenoiserConfig(model_type, merged)
+
+    def pretrained_config(self, path: str, key: str) -> DenoiserConfig:
+        from squeezeheads.diffusion.denoiser import load_config
+
+        try:
+            return load_config(path)[0]
+        except (OSError, ImportError, ValueError) as error:
+            raise RecipeError(f"{key}={path!r} cannot be loaded: {error}") from error
+
+    def check_model(self, config: Any, whose: str) -> None:
+        """Whether a model is for images of this size, these channels and these classes."""
+        expected = self.data_config()
+        for name in ("in_channels", "sample_size", "num_embeds_ada_norm"):
+            if config.options[name] != expected[name]:
+                raise RecipeError(
+                    f"{whose} has {name}={config.options[name]}, the data {expected[name]}: leave it out of a new "
+                    "model's config, or choose a model that was trained for such images and classes."
+                )
+        channels = expected["in_channels"]
+        if config.options["out_channels"] not in (None, channels, 2 * channels):
+            raise RecipeError(
+                f"{whose} has out_channels={config.options['out_channels']}: expected {channels}, or {2 * channels} "
+                "with a learned variance."
+            )
+
+    def check_objective(self, objective: Objective, key: str) -> None:
+        if isinstance(objective, LogitObjective):
+            raise RecipeError(
+                f"{key} compares distributions over classes, and a denoiser predicts noise: use prediction_matching."
+            )
+
+    def build(self, config: DenoiserConfig, attn_implementation: str, dtype: str = "float32") -> Denoiser:
+        from squeezeheads.diffusion.denoiser import build_model
+
+        _check_kernel(attn_implementation)
+        return self._denoiser(build_model(config).to(_number_type(dtype)))
+
+    def load(self, path: str, attn_implementation: str = "sdpa", dtype: str = "float32") -> Denoiser:
+        from squeezeheads.diffusion.denoiser import load_model
+
+        _check_kernel(attn_implementation)
+        return self._denoiser(load_model(path, _number_type(dtype)))
+
+    def _denoiser(self, model: nn.Module) -> Denoiser:
+        from squeezeheads.diffusion.denoiser import Denoiser
+        from squeezeheads.diffusion.loss import DiffusionLoss
+
+        spec, betas = self.diffusion, self._scheduler.betas
+        with torch.device("cpu"):
+            loss = DiffusionLoss(
+                betas, variational_weight=spec.variational_weight, min_snr=spec.min_snr or None, levels=self._levels
+            )
+        return Denoiser(model, loss)
+
+    def save_companions(self, folder: Path, source: str | None = None) -> None:
+        """The noise schedule of training, which samplers are made from."""
+        self._scheduler.save_pretrained(folder / "scheduler")
+
+    @property
+    def _pixels(self) -> bool:
+        """Whether images are denoised as they are, and not their latents."""
+        return self.autoencoder is None
+
+    # -- measuring ---------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def score(self, model: Any, samples: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+        """``noise_error``, the mean squared error of the predicted noise per element, without weights; ``loss``, what
+        training goes by. Steps and noise are the same for every model."""
+        total, loss = 0.0, 0.0
+        with evaluating(model):
+            for batch in self.batches(samples, batch_size, model.device):
+                out = model(**batch)
+                guess = out.logits[:, : batch["noise"].shape[1]].float()
+                total += (guess - batch["noise"]).square().flatten(1).mean(1).sum().item()
+                loss += out.loss.item() * len(guess)
+        return {"noise_error": total / max(len(samples), 1), "loss": loss / max(len(samples), 1)}
+
+    def measure(self, model: Any, samples: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
+        """What ``score`` says, and the metrics of generated images."""
+        from squeezeheads.evaluation.image_metrics import (
+            class_accuracy,
+            features_of,
+            frechet_distance,
+            inception_metrics,
+            precision_and_recall,
+        )
+
+        metrics = self.score(model, samples, batch_size)
+        spec = self.sampling
+        if not spec.images:
+            return metrics
+        labels = torch.arange(spec.images) % self._classes
+        generated = self.generate(model, labels)
+        images, chosen = self._test_pixels
+        real = torch.stack([images[i] for i in chosen[: spec.images]]) / 2 + 0.5
+        module: Any = torch.nn.Flatten() if spec.features == "pixels" else self._image_model(spec.features, False)
+        known, found = (features_of(module, images, spec.batch_size) for images in (real, generated))
+        metrics["frechet_distance"] = frechet_distance(known, found)
+        metrics["precision"], metrics["recall"] = precision_and_recall(known, found)
+        if self.classifier is not None:
+            classifier = self._image_model(self.classifier, True)
+            metrics["class_accuracy"] = class_accuracy(classifier, generated, labels, spec.batch_size)
+        if spec.inception:
+            metrics |= inception_metrics(real, generated, spec.batch_size)
+        return metrics
+
+    def _image_model(self, path: str, classifies: bool) -> ImageModel:
+        from squeezeheads.evaluation.image_metrics import ImageModel
+
+        model = ImageModel(path, classifies=classifies)
+        if classifies and model.classes != self._classes:
+            raise RecipeError(f"classifier={path!r} tells {model.classes} classes apart, the data has {self._classes}.")
+        return model
+
+    def pipeline(self, model: Any) -> ClassConditionalPipeline:
+        """The model with the recipe's sampler, as a diffusers pipeline."""
+        from squeezeheads.diffusion.pipeline import ClassConditionalPipeline, make_sampler
+
+        learned = model.model.config.out_channels == 2 * model.model.config.in_channels
+        scheduler = make_sampler(self.sampling.sampler, self._scheduler, learned, pixels=self._pixels)
+        vae = None if self._vae is None else self._vae.to(model.device)
+        return ClassConditionalPipeline(model.model, scheduler, vae)
+
+    def generate(self, model: Any, labels: Tensor) -> Tensor:
+        """(n, C, H, W) images from 0 to 1, one a label, in eval mode; draws on no global generator."""
+        from squeezeheads.diffusion.pipeline import generate
+
+        spec = self.sampling
+        with evaluating(model):
+            return generate(
+                self.pipeline(model), labels, guidance=spec.guidance, steps=spec.steps, seed=spec.seed,
+                batch_size=spec.batch_size,
+            )  # fmt: skip
+
+    def draw_grid(self, model: Any, file: Path) -> None:
+        """A row of samples for each of the first ten classes, written as PNG."""
+        from squeezeheads.reports.sample_grid import sample_grid
+
+        columns = self.sampling.grid_columns
+        labels = torch.arange(min(self._classes, 10)).repeat_interleave(columns)
+        sample_grid(self.generate(model, labels), columns, file)
+
+
+def _check_kernel(attn_implementation: str) -> None:
+    if attn_implementation != "sdpa":
+        raise ValueError(f"attn_implementation={attn_implementation!r}: diffusers' transformers run on sdpa here.")
+
+
+def _number_type(dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} for a diffusion model.")
+    return DTYPES[dtype]

@@ -1,0 +1,239 @@
+"""Augmentation: each change by an independent second look, labels that stay true to pixels, and repeatability."""
+
+from __future__ import annotations
+
+import importlib.util
+import random
+
+import numpy as np
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from squeezeheads import LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
+from squeezeheads.cli import main
+from squeezeheads.tasks import ImageClassification, Pretrained
+from squeezeheads.tasks.augmentation import Augmentation, erase, mix, pad_crop, random_resized_crop, seeded, smoothed
+from test_cli import recipe  # noqa: F401 (a fixture)
+from test_trainer import arguments, losses
+from tiny import classifier
+
+ALL = {"crop": "pad", "padding": 1, "flip": 0.5, "erasing": 0.5, "mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1}
+
+
+def numbered(count: int = 1, channels: int = 2, height: int = 9, width: int = 11) -> torch.Tensor:
+    """Images whose pixels all differ."""
+    shape = (count, channels, height, width)
+    return torch.arange(1, 1 + int(np.prod(shape))).float().view(shape) / np.prod(shape)
+
+
+def test_pad_crop_shifts_and_brings_in_zeros():
+    image, seen = numbered()[0], set()
+    for seed in range(200):
+        torch.manual_seed(seed)
+        found = pad_crop(image, 2)
+        matches = []
+        for dy in range(-2, 3):
+            for dx in range(-2, 3):
+                shifted = torch.zeros_like(image)
+                rows, columns = range(max(0, -dy), min(9, 9 - dy)), range(max(0, -dx), min(11, 11 - dx))
+                for r in rows:
+                    shifted[:, r, columns.start : columns.stop] = image[
+                        :, r + dy, columns.start + dx : columns.stop + dx
+                    ]
+                if torch.equal(found, shifted):
+                    matches.append((dy, dx))
+        assert len(matches) == 1
+        seen.update(matches)
+    assert len(seen) == 25, "every shift comes up"
+
+
+def test_resized_crop_is_a_part_of_the_image():
+    """On a plane a bicubic crop is the plane's values there: its corners tell which part was taken."""
+    y, x = torch.meshgrid(torch.arange(64.0), torch.arange(64.0), indexing="ij")
+    image = torch.stack([y, x]) / 64
+    areas, aspects = [], []
+    for seed in range(400):
+        torch.manual_seed(seed)
+        part = random_resized_crop(image, 16, (0.2, 0.49), (0.5, 2.0))  # all of these fit
+        assert part.shape == (2, 16, 16) and part.min() >= 0 and part.max() <= 1
+        # Slopes in the middle, where no border plays in: source pixels a result pixel.
+        h = float(part[0, 11, 8] - part[0, 4, 8]) * 64 / 7 * 16
+        w = float(part[1, 8, 11] - part[1, 8, 4]) * 64 / 7 * 16
+        areas.append(h * w / 64**2), aspects.append(w / h)
+    assert 0.19 < min(areas) < 0.22 and 0.47 < max(areas) < 0.5 and abs(np.mean(areas) - 0.345) < 0.015
+    assert 0.47 < min(aspects) < 0.55 and 1.8 < max(aspects) < 2.1 and abs(np.mean(np.log(aspects))) < 0.06
+
+
+def test_whole_image_is_a_crop_too():
+    image = numbered(1, 2, 8, 8)[0]
+    assert torch.equal(random_resized_crop(image, 8, (1.0, 1.0), (1.0, 1.0)), image)
+
+
+def test_erasing_leaves_all_but_a_rectangle():
+    image, shares = torch.full((3, 32, 32), 7.0), []
+    for seed in range(300):
+        torch.manual_seed(seed)
+        changed = (erase(image) != 7).all(0)
+        rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
+        assert changed.sum() == len(rows) * len(columns) and rows.max() - rows.min() + 1 == len(rows)
+        shares.append(changed.float().mean().item())
+    assert (image == 7).all(), "the original stays"
+    assert 0.01 < min(shares) < 0.04 and 0.28 < max(shares) < 0.37
+    torch.manual_seed(1)
+    noise = torch.cat([e[e != 7] for e in (erase(image) for _ in range(50))])
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+
+
+def test_smoothing():
+    found = smoothed(torch.tensor([2, 0]), 4, 0.2)
+    torch.testing.assert_close(found, torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]]))
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
+def test_labels_say_what_is_in_the_mixed_image(mixup, cutmix):
+    """Image i is all i: what a mixed image holds of each can be read off its pixels."""
+    count, kinds, shares = 5, set(), []
+    pixels = torch.arange(float(count))[:, None, None, None].expand(count, 1, 12, 12).clone()
+    for seed in range(120):
+        torch.manual_seed(seed)
+        mixed, targets = mix(pixels, torch.eye(count), mixup, cutmix)
+        torch.testing.assert_close(targets.sum(-1), torch.ones(count))
+        # The mean over pixels is the mean of the images by their shares, however they were put together.
+        torch.testing.assert_close(mixed.mean((1, 2, 3)), targets @ torch.arange(float(count)), atol=1e-4, rtol=0)
+        assert all(set(row.nonzero().flatten().tolist()) <= {i, count - 1 - i} for i, row in enumerate(targets))
+        whole = all(len(image.unique()) <= 2 and set(image.unique().tolist()) <= set(range(count)) for image in mixed)
+        kinds.add("cutmix" if whole else "mixup")
+        shares.append(targets[0, 0].item())
+    assert kinds == {name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha}
+    assert np.std(shares) > 0.15, "λ differs from batch to batch"
+
+
+def test_no_mixing_is_no_change():
+    pixels, targets = numbered(4), torch.eye(4)
+    assert mix(pixels, targets, 0.0, 0.0) == (pixels, targets)
+
+
+def task(**augmentation) -> tuple[ImageClassification, list]:
+    made = ImageClassification(augmentation=Augmentation(**augmentation))
+    return made, made.load_data(Pretrained({"teacher": None}))
+
+
+def test_a_batch_is_changed_by_what_is_in_it_alone():
+    made, splits = task(**ALL)
+    some = [splits.train[i] for i in range(8)]
+    states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy()
+    first = made.collate(some)
+    assert torch.equal(torch.get_rng_state(), states[0]) and random.getstate() == states[1]
+    assert (np.random.get_state()[1] == states[2]).all(), "training's own random numbers go on as they were"
+    torch.manual_seed(99), random.seed(99), np.random.seed(99)
+    again = made.collate(some)
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    other = made.collate([*some[1:], some[0]])
+    assert not torch.equal(other["pixel_values"].roll(1, 0), first["pixel_values"]), "another order, other changes"
+    assert set(first) == {"pixel_values", "label_probabilities"}
+    assert first["label_probabilities"].shape == (8, 10)
+
+
+def test_held_out_images_are_never_changed():
+    made, splits = task(**ALL)
+    plain, same = task()
+    for part, other in ((splits.validation, same.validation), (splits.test, same.test)):
+        found, expected = made.collate(list(part)), plain.collate(list(other))
+        assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
+
+
+def test_flip_alone():
+    made, splits = task(flip=0.5)
+    plain, same = task()
+    found = made.collate([splits.train[i] for i in range(64)])
+    kept = plain.collate([same.train[i] for i in range(64)])
+    flipped = [
+        torch.equal(a, b.flip(-1)) and not torch.equal(a, b)
+        for a, b in zip(found["pixel_values"], kept["pixel_values"], strict=True)
+    ]
+    either = [
+        torch.equal(a, b) or f for a, b, f in zip(found["pixel_values"], kept["pixel_values"], flipped, strict=True)
+    ]
+    assert all(either) and 16 < sum(flipped) < 48
+    assert torch.equal(found["labels"], kept["labels"])
+
+
+def test_seeded_restores_after_an_error():
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    with pytest.raises(RuntimeError, match="inside"), seeded(0, [1]):
+        torch.rand(5)
+        raise RuntimeError("inside")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_resumed_run_sees_the_images_of_an_undisturbed_one(tmp_path):
+    """Augmentation, mixed labels, dropout: losses and weights to the last bit."""
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == 3:
+                control.should_training_stop = True
+
+    def trainer(folder, callbacks=None, **changes):
+        made, splits = task(**ALL)
+        return SqueezeTrainer(
+            model=classifier(3, hidden_dropout_prob=0.1),
+            teacher=classifier(6, layers=4, seed=1),
+            args=arguments(folder, max_steps=6, **changes),
+            objectives={
+                "task": TaskLoss(0.5),
+                "logits": LogitKD(0.5),
+                "attention": SqueezedHeads(calibration_batches=2),
+            },
+            train_dataset=splits.train,
+            data_collator=made.collate,
+            callbacks=callbacks,
+        )
+
+    whole = trainer(tmp_path / "whole")
+    whole.train()
+    saving = {"save_strategy": "steps", "save_steps": 3}
+    trainer(tmp_path / "stopped", [Stop()], **saving).train()
+    resumed = trainer(tmp_path / "stopped", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    assert losses(resumed) == losses(whole)
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
+
+
+def test_a_run_with_all_that_torch_alone_can_do(recipe):  # noqa: F811
+    assert (
+        main(["distill", recipe(task__image_classification__augmentation={**ALL, "crop": "resized"}, seeds=[0])]) == 0
+    )
+
+
+@pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is here")
+def test_missing_timm_is_named_before_anything(recipe, tmp_path, capsys):  # noqa: F811
+    change = {"task__image_classification__augmentation": {"rand_augment": "rand-m9-mstd0.5-inc1"}}
+    assert main(["distill", recipe(**change)]) == 2
+    assert "rand_augment works on images of 3 channels" in capsys.readouterr().err
+    change["task__image_classification__channels"] = 3
+    assert main(["distill", recipe(**change)]) == 2
+    error = capsys.readouterr().err
+    assert "augmentation.rand_augment='rand-m9-mstd0.5-inc1' is timm's" in error and "squeezeheads[timm]" in error
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flip": 1.5}, "flip=1.5"),
+        ({"erasing": -0.1}, "erasing=-0.1"),
+        ({"label_smoothing": 1.0}, "label_smoothing=1.0"),
+        ({"mixup": -1.0}, "mixup=-1.0"),
+        ({"cutmix": float("inf")}, "cutmix=inf"),
+        ({"padding": 0}, "padding=0"),
+        ({"crop_scale": [0.0, 1.0]}, "crop_scale="),
+        ({"crop_scale": [0.5, 1.1]}, "crop_scale="),
+        ({"crop_ratio": [2.0, 1.0]}, "crop_ratio="),
+    ],
+)
+def test_impossible_options_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        Augmentation(**options)

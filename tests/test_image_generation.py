@@ -1,0 +1,603 @@
+"""Image generation: the whole job in small for DiT and MDT, sampling, averaged weights, metrics by their formulas."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+import yaml
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, DiTTransformer2DModel
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import TrainerCallback
+
+from squeezeheads.cli import main
+from squeezeheads.diffusion.callbacks import EMA_FILE, AveragedWeights, SampleGrids
+from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig, build_model
+from squeezeheads.diffusion.pipeline import SAMPLERS, ClassConditionalPipeline, generate, make_sampler
+from squeezeheads.distillation import Distillation
+from squeezeheads.errors import RecipeError
+from squeezeheads.evaluation.image_metrics import (
+    ImageModel,
+    class_accuracy,
+    features_of,
+    frechet_distance,
+    inception_metrics,
+    precision_and_recall,
+)
+from squeezeheads.models import MDTTransformer2DModel
+from squeezeheads.preflight import Models, check_models
+from squeezeheads.recipe import load_recipe
+from squeezeheads.reports.sample_grid import sample_grid
+from squeezeheads.tasks import ImageGeneration, Pretrained
+from test_diffusion import batch, denoiser, mdt, trainer
+from tiny import classifier
+
+SMALL = {
+    "task": {
+        "image_generation": {
+            "data": "digits",
+            "diffusion": {"ema_decay": 0.9, "steps": 50, "beta_end": 0.2},
+            "sampling": {"steps": 3, "images": 20, "grid_every": 2, "grid_columns": 2},
+        }
+    },
+    "teacher": {
+        "config": {
+            "model_type": "dit",
+            "num_attention_heads": 4,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "patch_size": 4,
+        },
+        "training": {"max_steps": 3, "batch_size": 16},
+    },
+    "student": {"config": {"num_attention_heads": 2, "num_layers": 1}},
+    "objectives": {"task": {}, "prediction_matching": {}, "attention": {"calibration_batches": 1}},
+    "baselines": {"no teacher": {"task": {}}},
+    "training": {"max_steps": 3, "batch_size": 16, "log_every": 1, "save_every": 2},
+    "seeds": [0],
+}
+
+# Changes to the small recipe.
+MDT = {
+    "teacher__config__model_type": "mdt",
+    "teacher__config__num_layers": 4,
+    "teacher__config__num_decoder_layers": 2,
+    "student__config__num_layers": 4,
+}
+
+
+def write(folder: Path, **changes) -> str:
+    """The small recipe with changes ``a__b=value``; its path."""
+    tree = json.loads(json.dumps({**SMALL, "output": str(folder / "run")}))
+    for key, value in changes.items():
+        node = tree
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[last] = value
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(tree))
+    return str(path)
+
+
+@pytest.fixture(scope="module", params=["dit", "mdt"])
+def finished(request, tmp_path_factory):
+    """The small recipe, carried out once with each kind of model."""
+    folder = tmp_path_factory.mktemp(request.param)
+    changes = {}
+    if request.param == "mdt":
+        changes = {**MDT, "task__image_generation__diffusion__min_snr": 5.0}
+    path = write(folder, **changes)
+    assert main(["distill", path]) == 0
+    return path, folder / "run", request.param
+
+
+def test_distill_leaves_table_grids_and_plain_students(finished):
+    _, output, kind = finished
+    results = json.loads((output / "results.json").read_text())
+    assert results["metrics"] == ["noise_error", "frechet_distance", "precision", "recall"]
+    for name, (run,) in results["students"].items():
+        assert 0.5 < run["noise_error"] < 1.5 and run["frechet_distance"] > 0 and run["attention"] > 0
+        assert run["validation"].keys() == {"noise_error", "loss"}
+        for entry in run["losses"]:
+            passes = 2 if kind == "mdt" else 1
+            total = entry["task"]
+            if name == "distilled":
+                total += entry["prediction_matching"] + entry["attention"]
+            assert entry["loss"] == pytest.approx(passes * total, rel=1e-4)
+    for training in ("teachers/teacher", "students/no-teacher/seed-0", "students/distilled/seed-0"):
+        grids = sorted((output / "figures" / "training" / training).iterdir())
+        assert [grid.name for grid in grids] == ["step-000002.png", "step-000003.png"]
+        assert Image.open(grids[0]).size == (4 * (2 * 9 + 1), 4 * (10 * 9 + 1))
+    assert (output / "figures" / "layer-0.png").is_file()
+    opened = {"dit": DiTTransformer2DModel, "mdt": MDTTransformer2DModel}[kind].from_pretrained(output / "student")
+    assert (opened.config.num_attention_heads, opened.config.out_channels, opened.config.sample_size) == (2, 2, 8)
+    names = {p.name for p in (output / "student").iterdir()}
+    assert names == {"config.json", "diffusion_pytorch_model.safetensors", "scheduler"}
+    schedule = DDPMScheduler.from_pretrained(output / "student", subfolder="scheduler")
+    assert schedule.config.num_train_timesteps == 50 and schedule.config.clip_sample
+    assert not list(output.rglob("*.bin")) and not list(output.rglob("*.pt")), "no pickle is left"
+
+
+def test_evaluate_prints_what_the_run_measured(finished, capsys):
+    path, output, _ = finished
+    (run,) = json.loads((output / "results.json").read_text())["students"]["distilled"]
+    assert main(["evaluate", path]) == 0
+    metrics = json.loads(capsys.readouterr().out)
+    for name in ("noise_error", "frechet_distance", "precision", "recall"):
+        assert metrics[name] == pytest.approx(run[name], rel=1e-6)
+    assert metrics["attention"] == pytest.approx(run["attention"], rel=1e-5)
+
+
+def test_students_of_a_seed_see_the_same_images_noise_and_steps(finished, tmp_path):
+    """With the teacher's terms weighed 0, the distilled student is the one without a teacher, bit for bit."""
+    path, output, _ = finished
+    tree = yaml.safe_load(Path(path).read_text())
+    tree["objectives"] = {"task": {}, "prediction_matching": {"weight": 0.0}, "attention": {"weight": 0.0}}
+    tree["output"] = str(tmp_path / "run")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(tree))
+    assert main(["distill", str(tmp_path / "recipe.yaml")]) == 0
+    name = "seed-0/diffusion_pytorch_model.safetensors"
+    a, b = (load_file(tmp_path / "run" / "students" / arm / name) for arm in ("no-teacher", "distilled"))
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    other = load_file(output / "students" / "distilled" / name)
+    assert any(not torch.equal(a[key], other[key]) for key in a), "or nothing was distilled"
+
+
+def test_the_noise_error_is_the_mean_over_the_split(finished):
+    path, output, _ = finished
+    task = load_recipe(path).chosen_task
+    splits = task.load_data(Pretrained({"teacher": None}))
+    assert [len(split) for split in (splits.train, splits.validation, splits.test)] == [1000, 297, 500]
+    student = task.load(str(output / "student"))
+    values = [task.score(student, splits.test, size) for size in (500, 64)]
+    assert values[0] == pytest.approx(values[1], rel=1e-5), "however it is cut"
+    given = task.collate([splits.test[i] for i in range(500)])
+    assert given["class_labels"].max() < 10, "no label is dropped"
+    with torch.no_grad():
+        out = student.eval()(**given).logits[:, :1]
+    assert values[0]["noise_error"] == pytest.approx((out - given["noise"]).square().mean().item(), rel=1e-5)
+
+
+MISTAKES = {
+    "unknown kind": ({"teacher__config__model_type": "vit"}, "teacher.config.model_type='vit' is unknown"),
+    "unknown option": ({"student__config__num_heads": 2}, "student.config.num_heads is no option of DiT"),
+    "head count of 0": ({"student__config__num_attention_heads": 0}, "student.config.num_attention_heads=0"),
+    "patch that does not divide": ({"teacher__config__patch_size": 3}, "sample_size=8 is no multiple of patch_size=3"),
+    "other tokens": ({"student__config__patch_size": 2}, "16 queries × 16 keys against 4 × 4"),
+    "other classes": ({"student__config__num_embeds_ada_norm": 5}, "num_embeds_ada_norm=5, the data 10"),
+    "other channels": ({"student__config__out_channels": 3}, "out_channels=3"),
+    "eager": ({"student__attn_implementation": "eager"}, "run on sdpa"),
+    "label drop": ({"task__image_generation__diffusion__label_drop": 1.5}, "label_drop=1.5"),
+    "mask ratio": ({"task__image_generation__diffusion__mask_ratio": [0.5, 0.3]}, "mask_ratio=[0.5, 0.3]"),
+    "decay": ({"task__image_generation__diffusion__ema_decay": 1.0}, "ema_decay=1.0"),
+    "snr": ({"task__image_generation__diffusion__min_snr": -1.0}, "min_snr=-1.0"),
+    "betas": ({"task__image_generation__diffusion__beta_end": 2.0}, "beta_end=2.0"),
+    "sampler": ({"task__image_generation__sampling__sampler": "euler"}, "euler"),
+    "no such teacher": ({"teacher": {"path": "nowhere/at/all"}}, "nowhere/at/all"),
+    "odd encoder": (
+        {
+            "teacher__config__model_type": "mdt",
+            "teacher__config__num_layers": 3,
+            "teacher__config__num_decoder_layers": 2,
+        },
+        "leaves 1 layers for the encoder",
+    ),
+    "logits of diffusion": ({"objectives": {"logits": {}}}, "objectives.logits compares distributions over classes"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_distill_refuses_before_training(tmp_path, capsys, mistake):
+    changes, message = MISTAKES[mistake]
+    assert main(["distill", write(tmp_path, **changes)]) == 2
+    answer = capsys.readouterr().err
+    assert message in answer
+    assert not (tmp_path / "run").exists(), "something was done first"
+
+
+def test_layers_that_see_other_tokens_in_the_masked_pass_are_refused(tmp_path, capsys):
+    """Uniform pairs of 4 and 8 layers put a decoder layer of the student on an encoder layer of the teacher."""
+    changes = {
+        "teacher__config__model_type": "mdt",
+        "teacher__config__num_layers": 8,
+        "teacher__config__num_decoder_layers": 2,
+        "student__config__num_layers": 4,
+        "teacher__config__patch_size": 2,
+    }
+    assert main(["distill", write(tmp_path, **changes)]) == 2
+    assert "decoder_blocks.0" in capsys.readouterr().err
+
+
+def tried(path: str) -> None:
+    recipe = load_recipe(path)
+    task = recipe.chosen_task
+    splits = task.load_data(Pretrained({"teacher": None}))
+    check_models(Models(task, recipe), recipe, splits)
+
+
+def test_both_passes_are_tried_with_gradients_and_checkpointed_layers(tmp_path, monkeypatch):
+    seen = []
+
+    class Watched(Distillation):
+        def __call__(self, student, inputs, **options):
+            out = super().__call__(student, inputs, **options)
+            seen.append(
+                ("keep" in inputs, out.loss.requires_grad, student.training, student.model.gradient_checkpointing)
+            )
+            return out
+
+    monkeypatch.setattr("squeezeheads.preflight.Distillation", Watched)
+    tried(write(tmp_path, **MDT, training__arguments={"gradient_checkpointing": True}))
+    assert seen == [(False, True, True, True), (True, True, True, True)] * 2, "two sets of objectives"
+
+
+def test_a_training_with_checkpointed_layers_is_the_same(tmp_path):
+    losses = []
+    for name, arguments in (("plain", {}), ("checkpointed", {"gradient_checkpointing": True})):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = write(folder, **MDT, training__arguments=arguments, task__image_generation__sampling__images=0)
+        assert main(["distill", path]) == 0
+        runs = json.loads((folder / "run" / "results.json").read_text())["students"]["distilled"]
+        losses.append([entry["loss"] for entry in runs[0]["losses"]])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_checkpointing_that_diffusers_lacks_is_refused():
+    with pytest.raises(ValueError, match="every_n_layers=2"):
+        denoiser().activation_checkpointing_enable(every_n_layers=2)
+
+
+def test_a_denoiser_that_comes_back_otherwise_is_refused(tmp_path, monkeypatch):
+    path = write(tmp_path)
+    save = Denoiser.save_pretrained
+
+    def spoilt(self, folder):
+        save(self, folder)
+        file = Path(folder) / "diffusion_pytorch_model.safetensors"
+        tensors = load_file(file)
+        tensors["proj_out_2.bias"] += 1
+        save_file(tensors, file, metadata={"format": "pt"})
+
+    monkeypatch.setattr(Denoiser, "save_pretrained", spoilt)
+    with pytest.raises(RecipeError, match=r"student: Denoiser does not come back as it was saved: .*proj_out_2.bias"):
+        tried(path)
+
+
+def test_fingerprints_draw_and_decode_nothing(tmp_path, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a sample was asked for")
+
+    prints = []
+    for size in (8, 8, 16):
+        task = ImageGeneration(data="digits", image_size=size)
+        splits = task.load_data(Pretrained({"teacher": None}))
+        with monkeypatch.context() as patch:
+            patch.setattr("squeezeheads.diffusion.draws.SeededImages.__getitem__", refuse)
+            prints.append([task.fingerprint(split) for split in (splits.train, splits.validation, splits.test)])
+    assert prints[0] == prints[1] == prints[2] and len(set(prints[0])) == 3
+    task = ImageGeneration(data="digits", split_seed=1)
+    splits = task.load_data(Pretrained({"teacher": None}))
+    assert task.fingerprint(splits.test) not in prints[0]
+
+
+def test_new_denoisers_have_the_type_asked_for(tmp_path):
+    task = ImageGeneration(data="digits")
+    task.load_data(Pretrained({"teacher": None}))
+    config = task.new_config(SMALL["teacher"]["config"], "teacher.config")
+    assert {p.dtype for p in task.build(config, "sdpa", "bfloat16").parameters()} == {torch.bfloat16}
+    with pytest.raises(ValueError, match="dtype='int8'"):
+        task.build(config, "sdpa", "int8")
+
+
+# -- sampling --------------------------------------------------------------------------------------------------------
+
+
+def noising() -> DDPMScheduler:
+    return DDPMScheduler(num_train_timesteps=50, beta_start=1e-3, beta_end=0.2)
+
+
+@pytest.mark.parametrize("make", [denoiser, mdt])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_pipeline_saves_and_loads(tmp_path, make, sampler):
+    pipeline = ClassConditionalPipeline(make().model, make_sampler(sampler, noising(), True, pixels=True))
+    options = {"guidance": 2.0, "steps": 4, "seed": 3}
+    labels = torch.tensor([1, 7, 7])
+    images = generate(pipeline, labels, batch_size=3, **options)
+    assert images.shape == (3, 1, 8, 8) and images.min() >= 0 and images.max() <= 1 and images.std() > 0.05
+    assert not torch.equal(images[1], images[2]), "each has noise of its own"
+    pipeline.save_pretrained(tmp_path)
+    assert not list(tmp_path.rglob("*.bin"))
+    opened = ClassConditionalPipeline.from_pretrained(tmp_path, use_safetensors=True)
+    assert opened.vae is None and type(opened.scheduler) is type(pipeline.scheduler)
+    torch.testing.assert_close(generate(opened, labels, batch_size=2, **options), images, rtol=1e-4, atol=1e-5)
+
+
+def test_sampling_draws_on_no_global_generator():
+    pipeline = ClassConditionalPipeline(denoiser().model, make_sampler("ddpm", noising(), True, pixels=True))
+    torch.manual_seed(4)
+    expected = torch.rand(2)
+    torch.manual_seed(4)
+    generate(pipeline, torch.tensor([1]), guidance=1.0, steps=3, seed=0, batch_size=1)
+    assert torch.equal(torch.rand(2), expected)
+
+
+def test_guidance_is_that_of_the_formula():
+    """One step of DDIM by hand, from the noise that the generator gives."""
+    model = denoiser().eval()
+    scheduler = make_sampler("ddim", noising(), True, pixels=False)
+    pipeline = ClassConditionalPipeline(model.model, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline([3], 2.5, 1, torch.Generator().manual_seed(5), "pt").images
+    start = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    step = scheduler.timesteps[:1]
+    with torch.no_grad():
+        by_label = [model(start, step, torch.tensor([label])).logits[:, :1] for label in (3, 10)]
+    noise = by_label[1] + 2.5 * (by_label[0] - by_label[1])
+    kept = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 50), 0)[int(step)]
+    clean = (start - (1 - kept).sqrt() * noise) / kept.sqrt()
+    torch.testing.assert_close(images, (clean / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
+
+
+def test_latents_are_decoded_as_dit_pipeline_does():
+    """The same images as diffusers' own pipeline gives, where that fits: 1,000 classes and an autoencoder."""
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=(8,), norm_num_groups=4, sample_size=8,
+        scaling_factor=0.5,
+    ).eval()  # fmt: skip
+    model = denoiser(in_channels=4, out_channels=8, num_embeds_ada_norm=1000).model.eval()
+    scheduler = DDIMScheduler.from_config(noising().config, clip_sample=False)
+    images = []
+    for kind in (DiTPipeline, ClassConditionalPipeline):
+        pipeline = kind(transformer=model, vae=vae, scheduler=scheduler)
+        pipeline.set_progress_bar_config(disable=True)
+        generator = torch.Generator().manual_seed(1)
+        out = pipeline([5, 900], guidance_scale=3.0, generator=generator, num_inference_steps=3, output_type="pt")
+        images.append(out.images)
+    assert images[0].shape == (2, 3, 8, 8)
+    torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-5)
+
+
+def test_pipeline_names_classes_that_there_are_not():
+    pipeline = ClassConditionalPipeline(denoiser().model, make_sampler("ddim", noising(), True, pixels=True))
+    with pytest.raises(ValueError, match="from 0 to 9"):
+        pipeline([10])
+    with pytest.raises(ValueError, match="output_type='jpg'"):
+        pipeline([1], output_type="jpg")
+
+
+def test_grid_shows_each_image_at_its_place(tmp_path):
+    images = torch.arange(5).view(5, 1, 1, 1).expand(5, 1, 2, 2) / 5
+    sample_grid(images, 3, tmp_path / "a" / "grid.png", smallest=2)
+    pixels = np.asarray(Image.open(tmp_path / "a" / "grid.png"))
+    assert pixels.shape == (2 * 3 + 1, 3 * 3 + 1)
+    assert [pixels[1 + 3 * (i // 3), 1 + 3 * (i % 3)] for i in range(5)] == [0, 51, 102, 153, 204]
+    assert pixels[0, 0] == 255
+    with pytest.raises(ValueError, match="1 or 3"):
+        sample_grid(torch.zeros(1, 2, 4, 4), 1, tmp_path / "b.png")
+
+
+# -- averaged weights ------------------------------------------------------------------------------------------------
+
+
+class Copies(TrainerCallback):
+    """The weights after each step."""
+
+    def __init__(self, model):
+        self.model, self.after = model, []
+
+    def on_step_end(self, *_, **__):
+        self.after.append([p.detach().clone() for p in self.model.parameters()])
+
+
+def averaged_run(folder: Path, stop: int | None = None, **changes):
+    class Stop(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            if state.global_step == stop:
+                control.should_training_stop = True
+
+    models = (denoiser(2), denoiser(4, seed=1))
+    average, copies = AveragedWeights(models[0], 0.5), Copies(models[0])
+    return trainer(folder, models=models, callbacks=[average, copies, Stop()], **changes), average, copies
+
+
+def test_the_average_takes_the_weights_place_at_the_end(tmp_path):
+    run, _, copies = averaged_run(tmp_path, learning_rate=0.1, max_steps=4)
+    run.train()
+    average = copies.after[0]  # diffusers' decay: 0 at the first step, then (1 + n) / (10 + n) up to its full value
+    for step, weights in enumerate(copies.after[1:], start=1):
+        decay = min((1 + step) / (10 + step), 0.5)
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
+    for parameter, expected in zip(run.model.parameters(), average, strict=True):
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-7)
+    assert any(not torch.equal(p, last) for p, last in zip(run.model.parameters(), copies.after[-1], strict=True))
+
+
+def test_a_resumed_run_goes_on_with_its_average(tmp_path):
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2, "learning_rate": 0.05}
+    whole, *_ = averaged_run(tmp_path / "whole", max_steps=6, learning_rate=0.05)
+    whole.train()
+    averaged_run(tmp_path / "cut", stop=4, **saving)[0].train()
+    assert (tmp_path / "cut" / "checkpoint-4" / EMA_FILE).is_file()
+    resumed, *_ = averaged_run(tmp_path / "cut", **saving)
+    resumed.train(resume_from_checkpoint=True)
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_checkpoint_without_average_is_refused(tmp_path):
+    saving = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    averaged_run(tmp_path, stop=2, **saving)[0].train()
+    (tmp_path / "checkpoint-2" / EMA_FILE).unlink()
+    with pytest.raises(RuntimeError, match="without averaged weights"):
+        averaged_run(tmp_path, **saving)[0].train(resume_from_checkpoint=True)
+
+
+def test_grids_are_drawn_with_the_average_and_leave_the_weights(tmp_path):
+    run, average, copies = averaged_run(tmp_path, learning_rate=0.1, max_steps=3)
+    seen = []
+
+    def draw(file):
+        seen.append((file.name, next(run.model.parameters()).detach().clone()))
+
+    run.add_callback(SampleGrids(draw, tmp_path, 2, average))
+    run.train()
+    assert [name for name, _ in seen] == ["step-000002.png", "step-000003.png"]
+    assert not torch.equal(seen[0][1], copies.after[1][0])
+    torch.testing.assert_close(seen[0][1], 2 / 11 * copies.after[0][0] + 9 / 11 * copies.after[1][0])
+    assert torch.equal(seen[1][1], next(run.model.parameters()))
+
+
+# -- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_frechet_distance_is_the_formula():
+    rng = np.random.default_rng(0)
+    a, b = (
+        rng.normal(size=(200, 6)) @ rng.normal(size=(6, 6)),
+        0.5 + rng.normal(size=(150, 6)) @ rng.normal(size=(6, 6)),
+    )
+    covariances = [np.cov(x, rowvar=False) for x in (a, b)]
+    root = scipy.linalg.sqrtm(covariances[0] @ covariances[1])
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(covariances[0] + covariances[1] - 2 * root.real)
+    assert frechet_distance(torch.tensor(a), torch.tensor(b)) == pytest.approx(expected, rel=1e-8)
+    assert frechet_distance(torch.tensor(a), torch.tensor(a)) == pytest.approx(0, abs=1e-6)
+    moved = torch.tensor(a) + torch.tensor([2.0, 0, 0, 0, 0, 0])
+    assert frechet_distance(torch.tensor(a), moved) == pytest.approx(4, rel=1e-6)
+    # More features than images: covariances without full rank.
+    few = torch.tensor(rng.normal(size=(4, 10)))
+    assert 0 <= frechet_distance(few, few + 1) == pytest.approx(10, rel=1e-6)
+    with pytest.raises(ValueError, match="6 features, generated ones 5"):
+        frechet_distance(torch.tensor(a), torch.tensor(b)[:, :5])
+
+
+def test_precision_and_recall_by_brute_force():
+    """Two clusters of real images; the generated ones cover one of them, and a place where nothing is."""
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(30, 2, generator=generator) + torch.tensor([0.0, 20.0]).repeat(15)[:, None]
+    made = torch.randn(20, 2, generator=generator) + torch.tensor([0.0, 60.0]).repeat(10)[:, None]
+
+    def share(points, manifold):
+        inside = 0
+        for point in points.tolist():
+            covered = False
+            for i, centre in enumerate(manifold.tolist()):
+                others = [m for j, m in enumerate(manifold.tolist()) if j != i]
+                reach = sorted(((m[0] - centre[0]) ** 2 + (m[1] - centre[1]) ** 2) ** 0.5 for m in others)[2]
+                covered |= ((point[0] - centre[0]) ** 2 + (point[1] - centre[1]) ** 2) ** 0.5 <= reach
+            inside += covered
+        return inside / len(points)
+
+    precision, recall = precision_and_recall(real, made)
+    assert (precision, recall) == pytest.approx((share(made, real), share(real, made)))
+    assert 0 < precision <= 0.5 and 0 < recall <= 0.5
+    assert precision_and_recall(real, real) == (1, 1)
+    with pytest.raises(ValueError, match="at least 4"):
+        precision_and_recall(real[:3], made)
+
+
+def test_class_accuracy_is_the_share_of_the_classes_asked_for():
+    """A "classifier" that looks at the first pixel."""
+
+    class Pixel(nn.Module):
+        def forward(self, images):
+            return nn.functional.one_hot((images[:, 0, 0, 0] * 3).round().long(), 4).float()
+
+    images = torch.tensor([0, 1, 2, 3, 3]).view(5, 1, 1, 1).expand(5, 1, 2, 2) / 3
+    assert class_accuracy(Pixel(), images, torch.tensor([0, 1, 2, 3, 0]), 2) == pytest.approx(0.8)
+
+
+def test_image_models_are_given_images_as_they_were_trained_on(tmp_path):
+    model = classifier(3).eval()
+    model.save_pretrained(tmp_path)
+    images = torch.rand(4, 1, 8, 8)
+    judge = ImageModel(str(tmp_path), classifies=True)
+    assert judge.classes == 10
+    torch.testing.assert_close(judge(images), model(images * 2 - 1).logits)
+    features = features_of(ImageModel(str(tmp_path), classifies=False), images, 3)
+    torch.testing.assert_close(features, model.vit(images * 2 - 1).last_hidden_state.mean(1).detach())
+    assert judge(torch.rand(2, 1, 16, 16)).shape == (2, 10), "another size is brought to the model's"
+    with pytest.raises(RecipeError, match="nowhere"):
+        ImageModel(str(tmp_path / "nowhere"), classifies=True)
+
+
+def test_image_models_follow_their_image_processor(tmp_path):
+    model = classifier(3, num_channels=3, image_size=12).eval()
+    model.save_pretrained(tmp_path)
+    processor = {
+        "image_processor_type": "ViTImageProcessor", "do_normalize": True, "image_mean": [0.1, 0.2, 0.3],
+        "image_std": [0.5, 0.6, 0.7], "size": {"height": 12, "width": 12},
+    }  # fmt: skip
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(processor))
+    images = torch.rand(2, 1, 12, 12)
+    mean, deviation = (torch.tensor(processor[k])[:, None, None] for k in ("image_mean", "image_std"))
+    expected = model((images.expand(-1, 3, -1, -1) - mean) / deviation).logits
+    torch.testing.assert_close(ImageModel(str(tmp_path), classifies=True)(images), expected)
+
+
+def test_fid_without_its_network_is_an_error_that_says_what_to_do():
+    pytest.importorskip("torchmetrics")
+    try:
+        import torch_fidelity  # noqa: F401
+    except ImportError:
+        with pytest.raises(RecipeError, match="torch-fidelity"):
+            inception_metrics(torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8), 2)
+
+
+def test_a_classifier_judges_generated_images(tmp_path):
+    classifier(3).save_pretrained(tmp_path / "judge")
+    judged = {"features": str(tmp_path / "judge"), "images": 20, "steps": 2}
+    changes = {f"task__image_generation__sampling__{k}": v for k, v in judged.items()}
+    path = write(tmp_path, task__image_generation__classifier=str(tmp_path / "judge"), **changes)
+    task = load_recipe(path).chosen_task
+    splits = task.load_data(Pretrained({"teacher": None}))
+    model = task.build(DenoiserConfig("dit", denoiser().config.options), "sdpa")
+    metrics = task.measure(model, splits.test, 10)
+    assert task.columns[-1] == "class_accuracy" and set(task.columns) <= set(metrics)
+    assert 0 <= metrics["class_accuracy"] <= 1
+    labels = torch.arange(20) % 10
+    images = task.generate(model, labels)
+    real = torch.stack([splits.test[i]["clean"] for i in range(20)]) / 2 + 0.5
+    module = ImageModel(str(tmp_path / "judge"), classifies=False)
+    expected = frechet_distance(features_of(module, real, 20), features_of(module, images, 20))
+    assert metrics["frechet_distance"] == pytest.approx(expected, rel=1e-4)
+    classifier(3, num_labels=4).save_pretrained(tmp_path / "judge")
+    with pytest.raises(RecipeError, match="tells 4 classes apart, the data has 10"):
+        task.measure(model, splits.test, 10)
+
+
+def test_a_short_training_beats_noise(tmp_path):
+    """The noise error falls well below that of predicting nothing (1), which an untrained DiT does."""
+    task = ImageGeneration()
+    splits = task.load_data(Pretrained({"teacher": None}))
+    config = task.new_config(
+        {"model_type": "dit", "num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "patch_size": 2},
+        "teacher.config",
+    )
+    torch.manual_seed(0)
+    model: Denoiser = task.build(config, "sdpa")
+    assert task.score(model, splits.validation, 100)["noise_error"] == pytest.approx(1, abs=0.05)
+    data = task.training_data(splits.train, model, seed=0)
+    run = trainer(
+        tmp_path, models=(model, model), collate=data.collate, learning_rate=3e-3, max_steps=60,
+        per_device_train_batch_size=32, objectives_used=("task",), train_dataset=data.samples,
+    )  # fmt: skip
+    run.train()
+    assert task.score(model, splits.validation, 100)["noise_error"] < 0.5
+
+
+def test_new_models_of_both_kinds_start_at_the_source_s_initialisation():
+    for kind, more in (("dit", {}), ("mdt", {"num_decoder_layers": 2})):
+        options = {**denoiser(layers=4).config.options, **more}
+        keep = {k: options[k] for k in ("num_attention_heads", "attention_head_dim", "in_channels", "out_channels",
+                                        "num_layers", "sample_size", "patch_size", "num_embeds_ada_norm")}  # fmt: skip
+        model = Denoiser(build_model(DenoiserConfig(kind, {**keep, **more})))
+        assert (model(**batch()).logits == 0).all()
