@@ -11,7 +11,8 @@ def draw_mask_ratio(generator: torch.Generator | None = None, low: float = 0.3, 
 
     Args:
         generator: where the random number comes from; torch's default on the CPU if ``None``.
-        low, high: MDTv2 is published with 0.3 and 0.5, drawn once per batch.
+        low: least share. MDTv2 is published with 0.3 and 0.5, drawn once per batch.
+        high: greatest share.
 
     Raises:
         ValueError: not 0 ≤ ``low`` ≤ ``high`` < 1.
