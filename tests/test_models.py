@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
@@ -28,6 +27,7 @@ from squeezeheads.recipe import load_recipe
 from squeezeheads.tasks import LanguageModeling
 from squeezeheads.tasks.modeling import new_config
 from squeezeheads.tasks.tokenization import train_byte_bpe
+from tiny import write_recipe
 
 SIZES = {
     "vocab_size": 300,
@@ -68,15 +68,7 @@ def write(tmp_path):
             "training": {"max_steps": 2, "batch_size": 4, "log_every": 1},
             "output": str(tmp_path / "run"),
         }  # fmt: skip
-        for key, value in changes.items():
-            node = tree
-            *parents, last = key.split("__")
-            for parent in parents:
-                node = node[parent]
-            node[last] = value
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
+        return write_recipe(tmp_path / "recipe.yaml", tree, changes)
 
     return writer
 

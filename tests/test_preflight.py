@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, TimmWrapperConfig
 
@@ -20,6 +19,7 @@ from squeezeheads.preflight import Models, check_configs, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.tasks import Pretrained, modeling
 from squeezeheads.tasks.causal import check_causal
+from tiny import write_recipe
 
 SIZES = {"vocab_size": 40, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
 LLAMA = {"model_type": "llama", **SIZES, "vocab_size": 300, "attention_dropout": 0.1}
@@ -42,15 +42,7 @@ def write(tmp_path):
             "training": {"max_steps": 2, "batch_size": 4, "log_every": 1},
             "output": str(tmp_path / "run"),
         }
-        for key, value in changes.items():
-            node = tree
-            *parents, last = key.split("__")
-            for parent in parents:
-                node = node[parent]
-            node[last] = value
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return path
+        return write_recipe(tmp_path / "recipe.yaml", tree, changes)
 
     return writer
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from safetensors.torch import load_file
 from transformers import (
     AutoModelForImageClassification,
@@ -90,3 +91,15 @@ def check_plain_checkpoint(folder: Path, model: ViTForImageClassification, scrat
     opened = AutoModelForImageClassification.from_pretrained(folder)
     pixels = images(3)[0]["pixel_values"][None]
     torch.testing.assert_close(opened.eval()(pixels).logits, model.eval()(pixels).logits)
+
+
+def write_recipe(path: Path, tree: dict, changes: dict) -> Path:
+    """A recipe as a file, with changes by keys such as ``training__max_steps``."""
+    for key, value in changes.items():
+        node = tree
+        *parents, last = key.split("__")
+        for parent in parents:
+            node = node[parent]
+        node[last] = value
+    path.write_text(yaml.safe_dump(tree))
+    return path
