@@ -22,7 +22,7 @@ from squeezeheads.cli import main
 from squeezeheads.preflight import REFUSED, check_output
 from squeezeheads.recipe import load_recipe, shipped_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
-from tiny import classifier
+from tiny import classifier, write_recipe
 
 SMALL = {
     "task": {"image_classification": {"data": "digits"}},
@@ -52,15 +52,7 @@ def recipe(tmp_path):
 
     def write(**changes) -> str:
         tree = json.loads(json.dumps({**SMALL, "output": str(tmp_path / "run")}))
-        for key, value in changes.items():
-            node = tree
-            *parents, last = key.split("__")
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            node[last] = value
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(tree))
-        return str(path)
+        return str(write_recipe(tmp_path / "recipe.yaml", tree, changes))
 
     return write
 

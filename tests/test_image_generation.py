@@ -36,7 +36,7 @@ from squeezeheads.recipe import load_recipe
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
 from test_diffusion import batch, denoiser, mdt, trainer
-from tiny import classifier
+from tiny import classifier, write_recipe
 
 SMALL = {
     "task": {
@@ -75,15 +75,7 @@ MDT = {
 def write(folder: Path, **changes) -> str:
     """The small recipe with changes ``a__b=value``; its path."""
     tree = json.loads(json.dumps({**SMALL, "output": str(folder / "run")}))
-    for key, value in changes.items():
-        node = tree
-        *parents, last = key.split("__")
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[last] = value
-    path = folder / "recipe.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return str(path)
+    return str(write_recipe(folder / "recipe.yaml", tree, changes))
 
 
 @pytest.fixture(scope="module", params=["dit", "mdt"])

@@ -99,7 +99,7 @@ def write_recipe(path: Path, tree: dict, changes: dict) -> Path:
         node = tree
         *parents, last = key.split("__")
         for parent in parents:
-            node = node[parent]
+            node = node.setdefault(parent, {})
         node[last] = value
     path.write_text(yaml.safe_dump(tree))
     return path
