@@ -15,7 +15,6 @@ BATCH = 8
 WARMUP_SHARE = 0.1  # of the steps
 EVALUATE_EVERY = 50
 CURVE_BLOCKS = 64
-TEACHER_STEPS = 800
 TEACHER_WARMUP = 60
 TEACHER_BATCH = 16
 TEACHER_RATE = 2e-3
@@ -72,10 +71,17 @@ def methods() -> dict[str, Terms]:
 
 
 class Bench:
-    """Data, teachers and training of one corpus. Teachers are kept in the folder ``work``."""
+    """Data, teachers and training of one corpus.
 
-    def __init__(self, corpus: str, work: Path) -> None:
-        self.work = work / corpus
+    Args:
+        corpus: its name.
+        work: the folder where teachers are kept.
+        teacher_steps: how many steps a teacher trains.
+    """
+
+    def __init__(self, corpus: str, work: Path, teacher_steps: int) -> None:
+        self.work = work
+        self.teacher_steps = teacher_steps
         self.task = corpus_task(corpus)
         from squeezeheads.tasks import Pretrained
 
@@ -98,7 +104,7 @@ class Bench:
             set_seed(1000 + seed)
             model = LlamaForCausalLM._from_config(self.config(TEACHER), attn_implementation="sdpa")
             task = {"task": TaskLoss()}
-            self._train(model, None, task, TEACHER_STEPS, TEACHER_WARMUP, TEACHER_BATCH, TEACHER_RATE, 1000 + seed)
+            self._train(model, None, task, self.teacher_steps, TEACHER_WARMUP, TEACHER_BATCH, TEACHER_RATE, 1000 + seed)
             part = folder.with_suffix(".part")
             model.save_pretrained(part)
             part.rename(folder)

@@ -79,6 +79,7 @@ class Design:
     """Methods that also get as many steps as fit into the processor time of ours."""
     seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
+    """None where a study that is tuned by another takes its rates over too."""
     weights: tuple[float, ...] = (0.3, 1.0, 3.0)
     widest: int = 2
     """How many times a grid is widened, by the same factor, where its edge wins."""
@@ -100,7 +101,8 @@ class Study:
         file: where finished runs are kept.
         make_bench: what trains and measures; called before the first run that is not stored.
         minutes: after so many no run is started.
-        tuned: the study of another setting, whose weights and decays this one takes over: it searches the rate alone.
+        tuned: the study of another setting, whose weights and decays this one takes over: it searches the rate alone,
+            or nothing where the design has no rates.
         seeds: make runs of these alone, so that several processes can share a study; all by default.
     """
 
@@ -133,7 +135,8 @@ class Study:
         return Run(**{"steps": self.design.steps, **line["run"]})
 
     def complete(self) -> bool:
-        """Make every run that is not stored: the main methods on all seeds, equal time, then variants; ``False`` where
+        """Make every run that is not stored: the main methods on all seeds, variants, equal time, then what is
+        reported last; ``False`` where
         the minutes were over before."""
         try:
             self._all()
@@ -147,16 +150,19 @@ class Study:
             self.tune(method)
         for method in (*first, *self.design.main):
             self.report(method)
-        for method in self.design.equal_time:
-            self.report_equal_time(method)
         for method in self.design.variants:
             self.report(method)
+        for method in self.design.equal_time:
+            self.report_equal_time(method)
         for method in self.design.further:
             self.tune(method)
             self.report(method)
 
     def tune(self, method: str) -> None:
         """Weight and decay at the reference's learning rate, then the learning rate at the best of them."""
+        if self.tuned is not None and not self.design.rates:
+            self.need(self.tuned.best(method))
+            return
         if method in self.design.unweighted:
             self.tune_rate(method, None, "none")
             return
