@@ -16,13 +16,12 @@ as long; it takes all settings over. Every finished run is a line of ``results/l
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.environment import RESULTS, ROOT
-from benchmarks.study import Design, Study
+from benchmarks.environment import ROOT
+from benchmarks.study import Bench, Design
+from benchmarks.study_command import Setting, SettingsStudy
 
 BASELINES = ("FitNets", "VkD", "MiniLMv2")
 DESIGN = Design(
@@ -54,72 +53,46 @@ DESIGN = Design(
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Setting:
-    corpus: str
-    teacher_steps: int
-    unit: str
-    design: Design
-    tuned_by: str | None = None
+def bench(corpus: str, teacher_steps: int):
+    """What makes the bench of a corpus."""
 
+    def made(work: Path) -> Bench:
+        from benchmarks.language_training import Bench
 
-SETTINGS = {
-    "stdlib": Setting("stdlib", 800, "test loss, nats per byte", DESIGN),
-    "speeches": Setting(
-        "speeches", 800, "test loss, nats per token",
-        replace(DESIGN, variants={"SHD without logit KD": "SHD similar least_squares"}, further=()),
-        tuned_by="stdlib",
-    ),
-    "stdlib-long-teacher": Setting(
-        "stdlib", 3200, "test loss, nats per byte",
-        replace(
-            DESIGN, main=tuple(name for name in DESIGN.main if name != "MiniLMv2"), baselines=("FitNets", "VkD"),
-            variants={}, further=(), both_decays=(), rates=(), equal_time=("no teacher", "logit KD", "FitNets", "VkD"),
-        ),
-        tuned_by="stdlib",
-    ),
-}  # fmt: skip
+        return Bench(corpus, work, teacher_steps)
 
-
-def studies(work: Path, minutes: float | None = None, seeds: Sequence[int] | None = None) -> dict[str, Study]:
-    """By setting; the others are tuned by the first."""
-    made: dict[str, Study] = {}
-    for name, setting in SETTINGS.items():
-
-        def bench(name: str = name, setting: Setting = setting):
-            from benchmarks.language_training import Bench
-
-            return Bench(setting.corpus, work / name, setting.teacher_steps)
-
-        file = RESULTS / "language" / f"{name}.jsonl"
-        tuned = made[setting.tuned_by] if setting.tuned_by else None
-        made[name] = Study(name, setting.design, file, bench, minutes, tuned=tuned, seeds=seeds)
     return made
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--setting", choices=SETTINGS, action="append", help="default: all, one after the other")
-    parser.add_argument("--minutes", type=float, help="start no run after so many")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", help="make runs of these alone: several processes share a study"
-    )
-    parser.add_argument("--page", action="store_true", help="run nothing; write tables and curves into the docs")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "study-language", help="where teachers are kept")
-    options = parser.parse_args()
-    if options.page:
-        from benchmarks.study_page import write_page
-
-        units = {name: setting.unit for name, setting in SETTINGS.items()}
-        write_page(ROOT / "docs" / "language-study.md", "language", studies(options.work), units)
-        return
-    import torch
-
-    torch.set_num_threads(1)
-    for name in options.setting or SETTINGS:
-        done = studies(options.work, options.minutes, options.seeds)[name].complete()
-        print(f"{name}: {'complete' if done else 'out of time; start again to go on'}")
-
+STUDY = SettingsStudy(
+    folder="language",
+    about=__doc__.splitlines()[0],
+    work=ROOT / "runs" / "study-language",
+    settings={
+        "stdlib": Setting(DESIGN, "test loss, nats per byte", bench("stdlib", 800)),
+        "speeches": Setting(
+            replace(DESIGN, variants={"SHD without logit KD": "SHD similar least_squares"}, further=()),
+            "test loss, nats per token",
+            bench("speeches", 800),
+            tuned_by="stdlib",
+        ),
+        "stdlib-long-teacher": Setting(
+            replace(
+                DESIGN,
+                main=tuple(name for name in DESIGN.main if name != "MiniLMv2"),
+                baselines=("FitNets", "VkD"),
+                variants={},
+                further=(),
+                both_decays=(),
+                rates=(),
+                equal_time=("no teacher", "logit KD", "FitNets", "VkD"),
+            ),
+            "test loss, nats per byte",
+            bench("stdlib", 3200),
+            tuned_by="stdlib",
+        ),
+    },
+)
 
 if __name__ == "__main__":
-    main()
+    STUDY.main()

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.assets import SPEECHES, speeches_are_here
+from benchmarks.student_training import Plan, train
 from benchmarks.study import Run
 
 BLOCK = 128
 BATCH = 8
 WARMUP_SHARE = 0.1  # of the steps
-EVALUATE_EVERY = 50
 CURVE_BLOCKS = 64
 TEACHER_WARMUP = 60
 TEACHER_BATCH = 16
@@ -103,8 +102,8 @@ class Bench:
         if not (folder / "config.json").is_file():
             set_seed(1000 + seed)
             model = LlamaForCausalLM._from_config(self.config(TEACHER), attn_implementation="sdpa")
-            task = {"task": TaskLoss()}
-            self._train(model, None, task, self.teacher_steps, TEACHER_WARMUP, TEACHER_BATCH, TEACHER_RATE, 1000 + seed)
+            plan = Plan(self.teacher_steps, TEACHER_BATCH, TEACHER_RATE, 1000 + seed, TEACHER_WARMUP)
+            self._train(model, None, {"task": TaskLoss()}, plan)
             part = folder.with_suffix(".part")
             model.save_pretrained(part)
             part.rename(folder)
@@ -122,8 +121,8 @@ class Bench:
         shape = EQUAL if run.method.startswith("equal heads") else STUDENT
         student = LlamaForCausalLM._from_config(self.config(shape), attn_implementation="sdpa")
         objectives = methods()[run.method](run.weight or 0.0, run.decay)
-        warmup = round(WARMUP_SHARE * run.steps)
-        watch = self._train(student, teacher, objectives, run.steps, warmup, BATCH, run.rate, run.seed)
+        plan = Plan(run.steps, BATCH, run.rate, run.seed, round(WARMUP_SHARE * run.steps))
+        watch = self._train(student, teacher, objectives, plan)
         return {
             **self._losses(student),
             "teacher": teacher_losses,
@@ -139,49 +138,15 @@ class Bench:
             "test": self.task.score(model, self.splits.test, 32)["loss"],
         }
 
-    def _train(
-        self,
-        model: Any,
-        teacher: Any,
-        objectives: dict[str, Any],
-        steps: int,
-        warmup: int,
-        batch: int,
-        rate: float,
-        seed: int,
-    ) -> Any:
-        from transformers import PrinterCallback, TrainingArguments
+    def _train(self, model: Any, teacher: Any, objectives: dict[str, Any], plan: Plan) -> Any:
+        from squeezeheads.tasks import TrainingData
 
-        from squeezeheads.trainer import SqueezeTrainer
-
-        args = TrainingArguments(
-            output_dir=str(self.work / f"part-{seed}-{time.time_ns()}"),
-            max_steps=steps,
-            per_device_train_batch_size=batch,
-            learning_rate=rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=warmup,
-            weight_decay=0.01,
-            max_grad_norm=1.0,
-            seed=seed,
-            data_seed=seed,
-            save_strategy="no",
-            logging_steps=EVALUATE_EVERY,
-            report_to="none",
-            disable_tqdm=True,
-            use_cpu=True,
-        )
-        watch = watcher(self.task, self.splits.validation[:CURVE_BLOCKS])
-        trainer = SqueezeTrainer(
-            model=model, teacher=teacher if any(o.needs for o in objectives.values()) else None, args=args,
-            objectives=objectives, train_dataset=self.splits.train, targets=self.task.targets, callbacks=[watch],
+        samples = self.splits.validation[:CURVE_BLOCKS]
+        data = TrainingData(self.splits.train, self.task.collate)
+        return train(
+            model, teacher, objectives, self.task, data, plan, self.work,
+            lambda model: self.task.score(model, samples, 32)["loss"],
         )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        for leftover in sorted(Path(args.output_dir).glob("*"), reverse=True):
-            leftover.unlink()
-        Path(args.output_dir).rmdir()
-        return watch
 
 
 def corpus_task(corpus: str) -> Any:
@@ -203,31 +168,3 @@ def corpus_task(corpus: str) -> Any:
         vocabulary_size=1024,
         block_size=BLOCK,
     )
-
-
-def watcher(task: Any, samples: Sequence[Any]) -> Any:
-    """A callback that keeps the validation loss every few steps, beside the processor time that training took so far
-    (measuring left out: the machines are shared, and a process's own time is what is steady)."""
-    from transformers import TrainerCallback
-
-    class Watch(TrainerCallback):
-        def __init__(self) -> None:
-            self.curve: list[tuple[int, float, float]] = []
-            self.terms: list[dict[str, float]] = []
-            self.seconds = 0.0
-
-        def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-            self._began = time.process_time()
-
-        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-            self.seconds += time.process_time() - self._began
-            if state.global_step % EVALUATE_EVERY == 0:
-                loss = task.score(model, samples, 32)["loss"]
-                model.train()
-                self.curve.append((state.global_step, round(self.seconds, 2), round(loss, 5)))
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                self.terms.append({k: round(v, 5) for k, v in logs.items() if isinstance(v, float)})
-
-    return Watch()

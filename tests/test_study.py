@@ -1,14 +1,18 @@
 """The order of a study: what it searches, chooses, reports and makes once only. Nothing is trained."""
 
+import importlib
 import json
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from benchmarks.language import DESIGN, studies
+from benchmarks.classification import STUDY as CLASSIFICATION
+from benchmarks.language import DESIGN
+from benchmarks.language import STUDY as LANGUAGE
 from benchmarks.study import Run, Study
 from benchmarks.study_page import write_page
 
@@ -164,18 +168,33 @@ def test_the_page_holds_means_spreads_and_paired_gains(study, tmp_path):
     assert page.read_text() == written
 
 
-def test_the_language_study_knows_every_method_that_it_asks_for():
-    from benchmarks.language_training import methods
+@pytest.mark.parametrize("study", [LANGUAGE, CLASSIFICATION], ids=lambda study: study.folder)
+def test_a_study_knows_every_method_that_it_asks_for(study):
+    methods = importlib.import_module(f"benchmarks.{study.folder}_training").methods()
+    for setting in study.settings.values():
+        design = setting.design
+        assert set(design.methods) <= methods.keys()
+        assert {design.reference, *design.equal_time} <= {*design.unweighted, *design.main}
+        assert {design.ours, design.paper, *design.baselines, *design.both_decays} <= set(design.main)
+        for name in design.methods:
+            terms = methods[name](0.25, "linear")
+            own = [terms[term] for term in set(terms) - {"task", "logits"}]
+            assert bool(own) == (design.variants.get(name, name) not in design.unweighted), name
+            assert all((term.weight, term.decay) == (0.25, "linear") for term in own)
 
-    assert set(DESIGN.methods) <= methods().keys()
-    for name, terms in methods().items():
-        weighted = set(terms(0.25, "linear")) - {"task", "logits"}
-        assert bool(weighted) == (name not in DESIGN.unweighted), name
-        for term in weighted:
-            assert (terms(0.25, "linear")[term].weight, terms(0.25, "linear")[term].decay) == (0.25, "linear")
 
-
-def test_the_second_corpus_is_tuned_by_the_first(tmp_path):
-    made = studies(tmp_path)
+def test_settings_are_tuned_by_the_first(tmp_path):
+    made = LANGUAGE.studies(tmp_path)
     assert made["stdlib"].tuned is None
-    assert made["speeches"].tuned is made["stdlib"]
+    assert made["speeches"].tuned is made["stdlib-long-teacher"].tuned is made["stdlib"]
+
+
+def test_a_setting_without_rates_takes_them_over(study, tmp_path):
+    first = study()
+    first.complete()
+    bench = Bench()
+    design = replace(DESIGN, rates=(), variants={}, further=(), both_decays=())
+    second = Study("third", design, tmp_path / "third.jsonl", lambda: bench, tuned=first)
+    assert second.complete()
+    runs = [run for run in bench.made if run.seed == 0 and run.steps == design.steps]
+    assert runs == [first.best(method) for method in (*design.unweighted, *design.main)]

@@ -1,0 +1,156 @@
+"""How one student of the image classification study is made: data, teachers, training, what is measured on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.student_training import Plan, train
+from benchmarks.study import Run
+
+IMAGES = "/usr/share/datasets/fashion-mnist"
+BATCH = 32
+WARMUP_SHARE = 0.1  # of the steps
+WEIGHT_DECAY = 0.05
+CURVE_IMAGES = 1000
+TEACHER_STEPS = 2500
+TEACHER_WARMUP = 200
+TEACHER_BATCH = 32
+TEACHER_RATE = 2e-3
+COMMON = {"model_type": "deit", "patch_size": 4, "hidden_dropout_prob": 0.0}
+TEACHER = {"hidden_size": 96, "intermediate_size": 192, "num_hidden_layers": 6, "num_attention_heads": 6}
+STUDENTS = {
+    3: {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 3, "num_attention_heads": 3},
+    2: {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2},
+}
+TWO_HEADED = ["DeiTForImageClassificationWithTeacher"]  # class and distillation token, each with a classifier
+
+Terms = Callable[[float, str], dict[str, Any]]
+
+
+def methods() -> dict[str, Terms]:
+    """Objectives of each method for a weight and a decay of its own terms."""
+    from squeezeheads.objectives import (
+        DeiTHard,
+        HiddenStates,
+        LogitKD,
+        OrthogonalProjection,
+        SqueezedHeads,
+        SqueezedRelations,
+        TaskLoss,
+    )
+
+    def kd(**terms: Any) -> dict[str, Any]:
+        return {"task": TaskLoss(0.5), "logits": LogitKD(0.5, temperature=2.0), **terms}
+
+    def heads(schedule: str, weights: str) -> Terms:
+        return lambda w, d: kd(attention=SqueezedHeads(w, d, schedule=schedule, weights=weights))
+
+    return {
+        "no teacher": lambda w, d: {"task": TaskLoss(1.0)},
+        "logit KD": lambda w, d: kd(),
+        "DeiT hard": lambda w, d: {"task": TaskLoss(0.5), "logits": DeiTHard(0.5)},
+        "SHD adjacent least_squares": heads("progressive", "least_squares"),
+        "SHD similar least_squares": heads("similar", "least_squares"),
+        "SHD similar least_squares + relations": lambda w, d: kd(
+            attention=SqueezedHeads(w, d, schedule="similar"), relations=SqueezedRelations(w, d)
+        ),
+        "FitNets": lambda w, d: kd(hidden=HiddenStates(w, d)),
+        "VkD": lambda w, d: kd(hidden=OrthogonalProjection(w, d)),
+        "SHD without logit KD": lambda w, d: {
+            "task": TaskLoss(1.0), "attention": SqueezedHeads(w, d, schedule="similar")
+        },
+        "SHD adjacent values": heads("progressive", "values"),
+        "SHD adjacent mean": heads("progressive", "mean"),
+        "SHD adjacent select": heads("progressive", "select"),
+        "SHD similar values": heads("similar", "values"),
+        "SHD similar mean": heads("similar", "mean"),
+        "SHD similar select": heads("similar", "select"),
+        "SHD similar joint": heads("similar", "joint"),
+    }  # fmt: skip
+
+
+class Bench:
+    """Data, teachers and training for students of some number of heads.
+
+    Args:
+        heads: of the student.
+        work: the folder where teachers are kept.
+    """
+
+    def __init__(self, heads: int, work: Path) -> None:
+        from squeezeheads.tasks import ImageClassification, Pretrained
+        from squeezeheads.tasks.augmentation import Augmentation
+
+        self.heads = heads
+        self.work = work
+        if not Path(IMAGES).is_dir():
+            raise SystemExit(f"no images under {IMAGES}: run `make assets-data` first.")
+        change = Augmentation(crop="pad", padding=2, flip=0.5)
+        self.task = ImageClassification(data=IMAGES, validation_size=5000, augmentation=change)
+        self.splits = self.task.load_data(Pretrained({"teacher": None}))
+        self.teachers: dict[int, Any] = {}
+
+    def build(self, changes: Mapping[str, Any], architectures: list[str] | None = None) -> Any:
+        config = self.task.new_config({**COMMON, **changes}, "config")
+        config.architectures = architectures
+        return self.task.build(config, "sdpa")
+
+    def teacher(self, seed: int) -> Any:
+        """The teacher of a seed, trained once and kept in the work folder."""
+        from transformers import set_seed
+
+        from squeezeheads.objectives import TaskLoss
+
+        folder = self.work / f"teacher-{seed}"
+        if not (folder / "config.json").is_file():
+            set_seed(1000 + seed)
+            model = self.build(TEACHER)
+            plan = Plan(TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE, 1000 + seed, TEACHER_WARMUP, WEIGHT_DECAY)
+            self._train(model, None, {"task": TaskLoss()}, plan)
+            part = folder.with_suffix(".part")
+            model.save_pretrained(part)
+            part.rename(folder)
+        if seed not in self.teachers:
+            model = self.task.load(str(folder)).eval()
+            self.teachers[seed] = (model, self._errors(model))
+        return self.teachers[seed]
+
+    def student(self, run: Run) -> dict[str, Any]:
+        """Train and measure a student."""
+        from transformers import set_seed
+
+        teacher, teacher_errors = self.teacher(run.seed)
+        set_seed(run.seed)
+        student = self.build(STUDENTS[self.heads], TWO_HEADED if run.method == "DeiT hard" else None)
+        objectives = methods()[run.method](run.weight or 0.0, run.decay)
+        plan = Plan(run.steps, BATCH, run.rate, run.seed, round(WARMUP_SHARE * run.steps), WEIGHT_DECAY)
+        watch = self._train(student, teacher, objectives, plan)
+        return {
+            **self._errors(student),
+            "teacher": teacher_errors,
+            "curve": watch.curve,
+            "seconds": watch.seconds,
+            "terms": watch.terms,
+            "parameters": student.num_parameters(),
+        }
+
+    def _errors(self, model: Any) -> dict[str, float]:
+        return {
+            "validation": self._error(model, self.splits.validation),
+            "test": self._error(model, self.splits.test),
+        }
+
+    def _error(self, model: Any, samples: Any) -> float:
+        """Per cent of images put into a wrong class."""
+        return 100 - 100 * self.task.score(model, samples, 250)["accuracy"]
+
+    def _train(self, model: Any, teacher: Any, objectives: dict[str, Any], plan: Plan) -> Any:
+        import torch
+
+        data = self.task.training_data(self.splits.train, model, plan.seed)
+        samples = torch.utils.data.Subset(self.splits.validation, range(CURVE_IMAGES))
+        return train(
+            model, teacher, objectives, self.task, data, plan, self.work, lambda model: self._error(model, samples)
+        )
