@@ -61,7 +61,8 @@ def bench(heads: int):
 
 UNIT = "test error, %"
 STUDY = SettingsStudy(
-    folder="classification",
+    name="classification",
+    folder="vision",
     about=__doc__.splitlines()[0],
     work=ROOT / "runs" / "study-classification",
     settings={

@@ -65,6 +65,7 @@ def bench(corpus: str, teacher_steps: int):
 
 
 STUDY = SettingsStudy(
+    name="language",
     folder="language",
     about=__doc__.splitlines()[0],
     work=ROOT / "runs" / "study-language",

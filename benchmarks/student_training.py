@@ -66,6 +66,7 @@ def train(
         report_to="none",
         disable_tqdm=True,
         use_cpu=True,
+        remove_unused_columns=False,  # the collator takes more than the model does
     )
     watch = watcher(probe)
     trainer = SqueezeTrainer(

@@ -26,8 +26,9 @@ class Setting:
 
 @dataclass(frozen=True)
 class SettingsStudy:
-    """A study of several settings: results lie in ``results/FOLDER``, the page is ``docs/FOLDER-study.md``."""
+    """A study of several settings: results lie in ``results/FOLDER``, the page is ``docs/NAME-study.md``."""
 
+    name: str
     folder: str
     about: str
     settings: Mapping[str, Setting]
@@ -35,7 +36,7 @@ class SettingsStudy:
 
     @property
     def page(self) -> Path:
-        return ROOT / "docs" / f"{self.folder}-study.md"
+        return ROOT / "docs" / f"{self.name}-study.md"
 
     def studies(
         self, work: Path | None = None, minutes: float | None = None, seeds: Sequence[int] | None = None
@@ -70,7 +71,7 @@ class SettingsStudy:
             from benchmarks.study_page import write_page
 
             units = {name: setting.unit for name, setting in self.settings.items()}
-            write_page(self.page, self.folder, self.studies(), units)
+            write_page(self.page, self.name, self.studies(), units)
             return
         import torch
 

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.classification import STUDY as CLASSIFICATION
+from benchmarks.generation import STUDY as GENERATION
 from benchmarks.language import DESIGN
 from benchmarks.language import STUDY as LANGUAGE
 from benchmarks.study import Run, Study
@@ -168,9 +169,9 @@ def test_the_page_holds_means_spreads_and_paired_gains(study, tmp_path):
     assert page.read_text() == written
 
 
-@pytest.mark.parametrize("study", [LANGUAGE, CLASSIFICATION], ids=lambda study: study.folder)
+@pytest.mark.parametrize("study", [LANGUAGE, CLASSIFICATION, GENERATION], ids=lambda study: study.name)
 def test_a_study_knows_every_method_that_it_asks_for(study):
-    methods = importlib.import_module(f"benchmarks.{study.folder}_training").methods()
+    methods = importlib.import_module(f"benchmarks.{study.name}_training").methods()
     for setting in study.settings.values():
         design = setting.design
         assert set(design.methods) <= methods.keys()

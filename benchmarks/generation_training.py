@@ -1,0 +1,160 @@
+"""How one student of the image generation study is made: data, teachers, training, samples and their metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.student_training import Plan, train
+from benchmarks.study import Run
+
+IMAGES = "/usr/share/datasets/fashion-mnist"
+BATCH = 32
+WARMUP_SHARE = 0.1  # of the steps
+CURVE_IMAGES = 250
+TEACHER_STEPS = 1500
+TEACHER_WARMUP = 100
+TEACHER_BATCH = 32
+TEACHER_RATE = 2e-3
+EMA_DECAY = 0.99
+TEACHER = {
+    "dit": {"num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 6, "patch_size": 4},
+    "mdt": {
+        "num_attention_heads": 6, "attention_head_dim": 16, "num_layers": 6, "num_decoder_layers": 2, "patch_size": 4,
+    },
+}  # fmt: skip
+STUDENT = {"num_attention_heads": 3, "num_layers": 4}
+# In the masked pass encoder and decoder see other tokens: encoder learns from encoder, decoder from decoder.
+LAYERS: dict[str, Any] = {"dit": "uniform", "mdt": [[0, 1], [1, 3], [2, 4], [3, 5]]}
+
+Terms = Callable[[float, str], dict[str, Any]]
+
+
+def methods(kind: str = "dit") -> dict[str, Terms]:
+    """Objectives of each method for a weight and a decay of its own terms."""
+    from squeezeheads.objectives import (
+        HiddenStates,
+        OrthogonalProjection,
+        PredictionMatching,
+        SqueezedHeads,
+        SqueezedRelations,
+        TaskLoss,
+    )
+
+    layers = LAYERS[kind]
+
+    def matched(**terms: Any) -> dict[str, Any]:
+        return {"task": TaskLoss(1.0), "logits": PredictionMatching(1.0), **terms}
+
+    def heads(schedule: str) -> Terms:
+        return lambda w, d: matched(attention=SqueezedHeads(w, d, schedule=schedule, layers=layers))
+
+    return {
+        "no teacher": lambda w, d: {"task": TaskLoss(1.0)},
+        "prediction matching": lambda w, d: matched(),
+        "SHD adjacent least_squares": heads("progressive"),
+        "SHD similar least_squares": heads("similar"),
+        "SHD similar least_squares + relations": lambda w, d: matched(
+            attention=SqueezedHeads(w, d, schedule="similar", layers=layers),
+            relations=SqueezedRelations(w, d, schedule="similar", layers=layers),
+        ),
+        "features": lambda w, d: matched(hidden=HiddenStates(w, d, layers=layers)),
+        "VkD features": lambda w, d: matched(hidden=OrthogonalProjection(w, d, layers=layers)),
+        "SHD without matching": lambda w, d: {
+            "task": TaskLoss(1.0), "attention": SqueezedHeads(w, d, schedule="similar", layers=layers)
+        },
+    }  # fmt: skip
+
+
+class Bench:
+    """Data, teachers and training of one kind of denoiser.
+
+    Args:
+        kind: "dit" or "mdt".
+        work: the folder where teachers are kept, and students for the samples that are drawn later.
+    """
+
+    def __init__(self, kind: str, work: Path) -> None:
+        from squeezeheads.tasks import ImageGeneration, Pretrained
+        from squeezeheads.tasks.image_generation import DiffusionSpec, SamplingSpec
+
+        self.kind = kind
+        self.work = work
+        if not Path(IMAGES).is_dir():
+            raise SystemExit(f"no images under {IMAGES}: run `make assets-data` first.")
+        self.task = ImageGeneration(
+            data=IMAGES,
+            validation_size=2000,
+            test_size=5000,
+            diffusion=DiffusionSpec(schedule="squaredcos_cap_v2", min_snr=5.0, ema_decay=EMA_DECAY),
+            sampling=SamplingSpec(sampler="ddim", steps=20, guidance=2.0, images=5000, batch_size=125),
+        )
+        self.splits = self.task.load_data(Pretrained({"teacher": None}))
+        self.teachers: dict[int, Any] = {}
+
+    def build(self, student: bool) -> Any:
+        teacher = self.task.new_config({"model_type": self.kind, **TEACHER[self.kind]}, "teacher.config")
+        config = self.task.new_config(STUDENT, "student.config", teacher) if student else teacher
+        return self.task.build(config, "sdpa")
+
+    def teacher(self, seed: int) -> Any:
+        """The teacher of a seed, trained once and kept in the work folder."""
+        from transformers import set_seed
+
+        from squeezeheads.objectives import TaskLoss
+
+        folder = self.work / f"teacher-{seed}"
+        if not (folder / "config.json").is_file():
+            set_seed(1000 + seed)
+            model = self.build(student=False)
+            plan = Plan(TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE, 1000 + seed, TEACHER_WARMUP, 0.0)
+            self._train(model, None, {"task": TaskLoss()}, plan)
+            part = folder.with_suffix(".part")
+            model.save_pretrained(part)
+            part.rename(folder)
+        if seed not in self.teachers:
+            model = self.task.load(str(folder)).eval()
+            self.teachers[seed] = (model, self._errors(model))
+        return self.teachers[seed]
+
+    def student(self, run: Run) -> dict[str, Any]:
+        """Train and measure a student, and keep it."""
+        from transformers import set_seed
+
+        teacher, teacher_errors = self.teacher(run.seed)
+        set_seed(run.seed)
+        student = self.build(student=True)
+        objectives = methods(self.kind)[run.method](run.weight or 0.0, run.decay)
+        plan = Plan(run.steps, BATCH, run.rate, run.seed, round(WARMUP_SHARE * run.steps), 0.0)
+        watch = self._train(student, teacher, objectives, plan)
+        student.save_pretrained(self.folder(run))
+        return {
+            **self._errors(student),
+            "teacher": teacher_errors,
+            "curve": watch.curve,
+            "seconds": watch.seconds,
+            "terms": watch.terms,
+            "parameters": student.num_parameters(),
+        }
+
+    def folder(self, run: Run) -> Path:
+        """Where a student is kept."""
+        name = f"{run.method} {run.weight} {run.decay} {run.rate:g} {run.seed} {run.steps}"
+        return self.work / "students" / name.replace(" ", "_")
+
+    def _errors(self, model: Any) -> dict[str, float]:
+        return {part: self._error(model, getattr(self.splits, part)) for part in ("validation", "test")}
+
+    def _error(self, model: Any, samples: Any) -> float:
+        """Mean squared error of the predicted noise, per element, in per cent of the noise's own."""
+        return 100 * self.task.score(model, samples, 125)["noise_error"]
+
+    def _train(self, model: Any, teacher: Any, objectives: Mapping[str, Any], plan: Plan) -> Any:
+        import torch
+
+        data = self.task.training_data(self.splits.train, model, plan.seed)
+        samples = torch.utils.data.Subset(self.splits.validation, range(CURVE_IMAGES))
+        return train(
+            model, teacher, objectives, self.task, data, plan, self.work, lambda model: self._error(model, samples)
+        )
