@@ -28,18 +28,18 @@ def write_page(page: Path, prefix: str, studies: Mapping[str, Study], units: Map
             ("gains", _gains(study)),
             ("search", _search(study)),
         ):
-            text = _between(page, text, f"{name} {table}", _markdown(rows))
+            text = between(page, text, f"{name} {table}", markdown(rows))
         image = page.parent / "images" / f"{prefix}-{name}.png"
         drawn = _draw(study, image, units[name].replace("test", "validation"))
         curves = f"![{name}: validation against steps and processor time](images/{image.name})" if drawn else NOTHING
-        text = _between(page, text, f"{name} curves", curves)
+        text = between(page, text, f"{name} curves", curves)
     page.write_text(text, encoding="utf-8")
 
 
 NOTHING = "*not run yet*"
 
 
-def _between(page: Path, text: str, name: str, block: str) -> str:
+def between(page: Path, text: str, name: str, block: str) -> str:
     """The text with a block between ``<!-- name -->`` and ``<!-- /name -->``."""
     start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if start not in text or end not in text:
@@ -49,14 +49,14 @@ def _between(page: Path, text: str, name: str, block: str) -> str:
     return f"{before}{start}\n\n{block}\n\n{end}{after}"
 
 
-def _markdown(rows: Sequence[Sequence[str]]) -> str:
+def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A table; its first row is the head."""
     head, *body = rows
     lines = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *body)]
     return "\n".join(lines) if body else NOTHING
 
 
-def _reported(study: Study) -> list[Run]:
+def reported(study: Study) -> list[Run]:
     """Runs of the common number of steps that are there on every seed, best first."""
     found = []
     for method in study.design.methods:
@@ -90,12 +90,12 @@ def _settings(run: Run) -> list[str]:
 
 def _methods(study: Study, unit: str) -> list[list[str]]:
     rows = [["method", "weight", "", "learning rate", unit, f"less than {study.design.reference} by", "time of a step"]]
-    reported = _reported(study)
-    names = [run.method for run in reported]
+    runs = reported(study)
+    names = [run.method for run in runs]
     if study.design.reference not in names:
         return rows
-    reference = reported[names.index(study.design.reference)]
-    for run in reported:
+    reference = runs[names.index(study.design.reference)]
+    for run in runs:
         gains = _paired(study, reference, run)
         ratio = study.seconds(run) / study.seconds(reference)
         tests = [line["test"] for line in study.lines(run)]
@@ -127,18 +127,18 @@ def _equal_time(study: Study, unit: str) -> list[list[str]]:
 def _gains(study: Study) -> list[list[str]]:
     """Each gain is a difference of two test scores on the same seed."""
     rows = [["gain on test", "mean ± spread", "seeds 0, 1, 2"]]
-    reported = {run.method: run for run in reversed(_reported(study))}  # of two decays the better
-    if not {study.design.unweighted[0], study.design.reference, *study.design.main} <= reported.keys():
+    found = {run.method: run for run in reversed(reported(study))}  # of two decays the better
+    if not {study.design.unweighted[0], study.design.reference, *study.design.main} <= found.keys():
         return rows
-    best_baseline = min((reported[name] for name in study.design.baselines), key=lambda run: _mean(study, run))
-    paper = reported[study.design.paper]
+    best_baseline = min((found[name] for name in study.design.baselines), key=lambda run: _mean(study, run))
+    paper = found[study.design.paper]
     for worse, better in (
-        (reported[study.design.unweighted[0]], reported[study.design.reference]),
-        (reported[study.design.reference], reported[study.design.ours]),
-        (reported[study.design.reference], paper),
-        (reported[study.design.reference], best_baseline),
-        (paper, reported[study.design.ours]),
-        (best_baseline, reported[study.design.ours]),
+        (found[study.design.unweighted[0]], found[study.design.reference]),
+        (found[study.design.reference], found[study.design.ours]),
+        (found[study.design.reference], paper),
+        (found[study.design.reference], best_baseline),
+        (paper, found[study.design.ours]),
+        (best_baseline, found[study.design.ours]),
     ):
         gains = _paired(study, worse, better)
         single = ", ".join(f"{gain:+.3f}" for gain in gains)
@@ -175,18 +175,18 @@ def _draw(study: Study, file: Path, unit: str) -> bool:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    reported = {run.method: run for run in reversed(_reported(study))}
-    shown = [name for name in (*study.design.unweighted, *study.design.main) if name in reported]
+    found = {run.method: run for run in reversed(reported(study))}
+    shown = [name for name in (*study.design.unweighted, *study.design.main) if name in found]
     if not shown:
         return False
     figure, (by_step, by_time) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained", sharey=True)
     for index, name in enumerate(shown):
         style = {"color": f"C{index}", "label": name, "linewidth": 2.2 if name == study.design.ours else 1.2}
-        _curve(by_step, study, reported[name], 0, style)
-        longer = study.longer(name) if name != study.design.ours and study.design.ours in reported else None
-        there = longer is not None and len(study.lines(longer)) == len(study.lines(reported[name]))
-        _curve(by_time, study, longer if longer is not None and there else reported[name], 1, style)
-    losses = [point[2] for name in shown for line in study.lines(reported[name]) for point in line["curve"]]
+        _curve(by_step, study, found[name], 0, style)
+        longer = study.longer(name) if name != study.design.ours and study.design.ours in found else None
+        there = longer is not None and len(study.lines(longer)) == len(study.lines(found[name]))
+        _curve(by_time, study, longer if longer is not None and there else found[name], 1, style)
+    losses = [point[2] for name in shown for line in study.lines(found[name]) for point in line["curve"]]
     by_step.set_ylim(min(losses) - 0.05, statistics.quantiles(losses, n=10)[-1])
     by_step.set_xlabel("steps")
     by_step.set_ylabel(unit)
