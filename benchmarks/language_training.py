@@ -53,6 +53,10 @@ def methods() -> dict[str, Terms]:
         "SHD similar least_squares + relations": lambda w, d: kd(
             attention=SqueezedHeads(w, d), relations=SqueezedRelations(w, d)
         ),
+        "SHD similar mean + relations": lambda w, d: kd(
+            attention=SqueezedHeads(w, d, weights="mean"), relations=SqueezedRelations(w, d, weights="mean")
+        ),
+        "relations without SHD": lambda w, d: kd(relations=SqueezedRelations(w, d)),
         "FitNets": lambda w, d: kd(hidden=HiddenStates(w, d)),
         "VkD": lambda w, d: kd(hidden=OrthogonalProjection(w, d)),
         "VkD whitened": lambda w, d: kd(hidden=OrthogonalProjection(w, d, normalisation="whiten")),
