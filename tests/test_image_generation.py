@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -542,6 +543,69 @@ def test_fid_without_its_network_is_an_error_that_says_what_to_do():
     except ImportError:
         with pytest.raises(RecipeError, match="torch-fidelity"):
             inception_metrics(torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8), 2)
+
+
+class Inception(nn.Module):
+    """What torchmetrics and sFID take of an Inception network: bytes in, features out, a block with a 1 × 1 branch."""
+
+    num_features = 5
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.Mixed_6d = nn.Module()
+        self.Mixed_6d.branch1x1 = nn.Conv2d(3, 9, 1)
+        self.seen = []
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        self.seen.append(images)
+        found = self.Mixed_6d.branch1x1(images.float() / 255)
+        return torch.cat([found.mean((2, 3))[:, :4], found.amax((2, 3))[:, :1]], 1)
+
+
+def test_inception_metrics_by_their_definitions(monkeypatch):
+    """With a network of our own in Inception's place."""
+    fid, inception = pytest.importorskip("torchmetrics.image.fid"), pytest.importorskip("torchmetrics.image.inception")
+    network, judge = Inception(), Inception()
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", partial(fid.FrechetInceptionDistance, network))
+    monkeypatch.setattr(inception, "InceptionScore", partial(inception.InceptionScore, judge))
+    generator = torch.Generator().manual_seed(1)
+    levels = torch.arange(256).repeat(4)[torch.randperm(1024, generator=generator)].reshape(16, 1, 8, 8)
+    # As a split gives them: from bytes to −1 … 1, and back.
+    real = (levels.float() * (2 / 255) - 1) / 2 + 0.5
+    made = torch.rand(14, 1, 8, 8, generator=generator)
+    torch.manual_seed(4)
+    expected_draw = torch.rand(2)
+    torch.manual_seed(4)
+    found = inception_metrics(real, made, 5)
+    assert torch.equal(torch.rand(2), expected_draw), "draws on no global generator"
+    assert found == inception_metrics(real, made, 5) and set(found) == {"fid", "sfid", "inception_score"}
+    seen = torch.cat(network.seen[:7])
+    assert torch.equal(seen[:16], levels.expand(-1, 3, -1, -1)), "the levels that the images were read with"
+    assert torch.equal(seen[16:], (made * 255).round().expand(-1, 3, -1, -1))
+    with torch.no_grad():
+        maps = network.Mixed_6d.branch1x1(seen.float() / 255)[:, :7].reshape(30, 7 * 64)
+        features = network(seen)
+    assert found["sfid"] == pytest.approx(frechet_distance(maps[:16], maps[16:]), rel=1e-4)
+    assert found["fid"] == pytest.approx(frechet_distance(features[:16], features[16:]), rel=1e-3)
+    assert not network.Mixed_6d.branch1x1._forward_hooks
+
+
+def test_the_real_inception_network_has_the_layer(monkeypatch):
+    """torch-fidelity's network with random weights, where it is installed."""
+    network = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    pytest.importorskip("torchmetrics.image.fid")
+    monkeypatch.setattr(network, "load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(network.FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
+    widths = []
+    monkeypatch.setattr(
+        "squeezeheads.evaluation.image_metrics.frechet_distance",
+        lambda a, b: widths.append((a.shape, b.shape)) or 1.0,
+    )
+    torch.manual_seed(0)
+    found = inception_metrics(torch.rand(3, 1, 32, 32), torch.rand(2, 1, 32, 32), 2)
+    assert widths == [((3, 7 * 17 * 17), (2, 7 * 17 * 17))] and found["sfid"] == 1.0
 
 
 def test_a_classifier_judges_generated_images(tmp_path):

@@ -103,7 +103,7 @@ class SamplingSpec:
     """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
     transformers."""
     inception: bool = False
-    """Also FID and Inception score, where torch-fidelity and its weights are installed."""
+    """Also FID, sFID and Inception score, where torch-fidelity and its weights are installed."""
     grid_every: int = 0
     """Steps of training between grids of samples under figures/training; 0 draws one at the end alone."""
     grid_columns: int = 8
@@ -169,7 +169,7 @@ class ImageGeneration(Task):
     def columns(self) -> tuple[str, ...]:
         measured = ("frechet_distance", "precision", "recall") if self.sampling.images else ()
         accuracy = ("class_accuracy",) if self.sampling.images and self.classifier else ()
-        inception = ("fid", "inception_score") if self.sampling.images and self.sampling.inception else ()
+        inception = ("fid", "sfid", "inception_score") if self.sampling.images and self.sampling.inception else ()
         return (self.metric, *measured, *accuracy, *inception)
 
     # -- data --------------------------------------------------------------------------------------------------------
