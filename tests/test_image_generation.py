@@ -36,6 +36,7 @@ from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
+from squeezeheads.tasks.image_generation import SamplingSpec
 from test_diffusion import batch, denoiser, mdt, trainer
 from tiny import classifier, write_recipe
 
@@ -621,13 +622,39 @@ def test_a_classifier_judges_generated_images(tmp_path):
     assert 0 <= metrics["class_accuracy"] <= 1
     labels = torch.arange(20) % 10
     images = task.generate(model, labels)
-    real = torch.stack([splits.test[i]["clean"] for i in range(20)]) / 2 + 0.5
+    # The first two of each class.
+    places = [i for label in range(10) for i in (splits.test.labels[splits.test.chosen] == label).nonzero()[:2, 0]]
+    real = torch.stack([splits.test[int(i)]["clean"] for i in places]) / 2 + 0.5
     module = ImageModel(str(tmp_path / "judge"), classifies=False)
     expected = frechet_distance(features_of(module, real, 20), features_of(module, images, 20))
     assert metrics["frechet_distance"] == pytest.approx(expected, rel=1e-4)
     classifier(3, num_labels=4).save_pretrained(tmp_path / "judge")
     with pytest.raises(RecipeError, match="tells 4 classes apart, the data has 10"):
         task.measure(model, splits.test, 10)
+
+
+def test_generated_images_are_compared_with_all_classes(tmp_path, monkeypatch):
+    """A folder of images lies sorted by class: half of the test split must not be half of its classes."""
+    for split, count in (("train", 12), ("test", 12)):
+        for label, name in enumerate(("black", "grey", "white")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (8, 8), 100 * label + number).save(tmp_path / "data" / split / name / f"{number:02}.png")
+    sampling = SamplingSpec(images=6, steps=1)
+    task = ImageGeneration(
+        data=str(tmp_path / "data"), image_size=8, validation_size=12, test_size=36, sampling=sampling
+    )
+    splits = task.load_data(Pretrained({"teacher": None}))
+    seen = []
+    monkeypatch.setattr(
+        "squeezeheads.evaluation.image_metrics.features_of",
+        lambda module, images, size: seen.append(images) or torch.randn(len(images), 3),
+    )
+    model = task.build(task.new_config({"model_type": "dit", "num_attention_heads": 1, "attention_head_dim": 8,
+                                        "num_layers": 1, "patch_size": 4}, "student"), "sdpa")  # fmt: skip
+    task.measure(model, splits.test, 8)
+    levels = (seen[0][:, 0, 0, 0] * 255).round().int().tolist()
+    assert levels == [0, 100, 200, 1, 101, 201] and len(seen[1]) == 6
 
 
 def test_a_short_training_beats_noise(tmp_path):

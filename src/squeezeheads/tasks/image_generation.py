@@ -17,7 +17,7 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
-from squeezeheads.tasks.images import SplitPlan, read_images
+from squeezeheads.tasks.images import SplitPlan, evenly, read_images
 from squeezeheads.tasks.modeling import check_count, similar
 from squeezeheads.tasks.square_images import SquareImages
 
@@ -97,8 +97,8 @@ class SamplingSpec:
     batch_size: int = 64
     """Images generated at a time; the images do not depend on it."""
     images: int = 1000
-    """Images generated for the metrics, evenly over the classes, compared with as many of the test split; 0 leaves
-    those metrics out."""
+    """Images generated for the metrics, evenly over the classes, compared with as many of the test split, likewise
+    evenly; 0 leaves those metrics out."""
     features: str = "pixels"
     """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
     transformers."""
@@ -190,7 +190,7 @@ class ImageGeneration(Task):
         self._shape: tuple[int, int] = (channels, size)
         self._levels = found["train"].white + 1
         squares = {id(part.images): SquareImages(part.images, channels, size) for part in parts.values()}
-        self._test_pixels = (squares[id(parts["test"].images)], [int(i) for i in parts["test"].indices])
+        self._test_pixels = (squares[id(parts["test"].images)], evenly(parts["test"]))
         encoded = {key: self._encoded(images) for key, images in squares.items()}
         splits = []
         for name, seed in (("train", 0), ("validation", MEASURE_SEED), ("test", MEASURE_SEED)):

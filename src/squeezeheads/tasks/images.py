@@ -309,6 +309,18 @@ class Part:
         return digest.hexdigest()
 
 
+def evenly(part: Part) -> list[int]:
+    """A part's indices, the first image of each class before the second of any: however many are taken from the front,
+    they are spread over the classes. A folder of images is sorted by class."""
+    labels = part.images.labels[part.indices]
+    counts = np.zeros(len(part.images.classes), dtype=np.int64)
+    ranks = np.empty(len(labels), dtype=np.int64)
+    for place, label in enumerate(labels):
+        ranks[place] = counts[label]
+        counts[label] += 1
+    return [int(index) for index in part.indices[np.lexsort((labels, ranks))]]
+
+
 @dataclass
 class SplitPlan:
     """How a source becomes three splits; the meaning of the fields stands at ``ImageClassification``."""
@@ -413,6 +425,7 @@ __all__ = [
     "Sample",
     "Samples",
     "SplitPlan",
+    "evenly",
     "read_idx",
     "read_images",
 ]
