@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from squeezeheads import PredictionMatching, SqueezedHeads, TaskLoss
 from squeezeheads.cli import main
 from squeezeheads.diffusion.callbacks import EMA_FILE, AveragedWeights, SampleGrids
 from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig, build_model
@@ -36,7 +38,7 @@ from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
-from squeezeheads.tasks.image_generation import SamplingSpec
+from squeezeheads.tasks.image_generation import DiffusionSpec, SamplingSpec
 from test_diffusion import batch, denoiser, mdt, trainer
 from tiny import classifier, write_recipe
 
@@ -358,6 +360,56 @@ def test_latents_are_decoded_as_dit_pipeline_does():
         images.append(out.images)
     assert images[0].shape == (2, 3, 8, 8)
     torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_in_bfloat16_is_measured_teaches_and_generates():
+    """Of a small model: close to what it does in float32. Steps are taken in float32, through the autoencoder too."""
+    task = ImageGeneration(diffusion=DiffusionSpec(steps=50, beta_end=0.2), sampling=SamplingSpec(steps=4, images=0))
+    splits = task.load_data(Pretrained({"teacher": None}))
+    config = DenoiserConfig("dit", denoiser().config.options)
+    exact, rounded = (task.build(config, "sdpa", dtype) for dtype in ("float32", "bfloat16"))
+    exact.model.load_state_dict(denoiser().model.state_dict())
+    rounded.model.load_state_dict(exact.model.state_dict())
+    assert rounded.dtype == torch.bfloat16
+    errors = [task.measure(model, splits.test, 100)["noise_error"] for model in (exact, rounded)]
+    assert errors[1] != errors[0] and errors[1] == pytest.approx(errors[0], rel=0.02)
+    student = task.build(config, "sdpa")
+    inputs = task.collate([splits.train[i] for i in range(4)])
+    out = Distillation(rounded, {"task": TaskLoss(), "matching": PredictionMatching(), "attention": SqueezedHeads()})(
+        student, inputs
+    )
+    out.loss.backward()
+    assert out.loss.isfinite() and out.loss.dtype == torch.float32
+    images = [task.generate(model, torch.arange(8)) for model in (exact, rounded)]
+    assert images[1].dtype == torch.float32
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=0.1)
+
+    class Half(nn.Module):
+        """Half the noise that it is given, exactly, in bfloat16."""
+
+        dtype, device = torch.bfloat16, torch.device("cpu")
+        config = rounded.model.config
+
+        def forward(self, noisy, timestep, class_labels):
+            assert noisy.dtype == torch.bfloat16
+            return SimpleNamespace(sample=noisy / 2)
+
+    vae = AutoencoderKL(in_channels=1, out_channels=1, latent_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    scheduler = make_sampler("ddim", noising(), False, pixels=False)
+    pipeline = ClassConditionalPipeline(denoiser().model, scheduler, vae.eval())
+    pipeline.transformer = Half()
+    kept = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 50), 0)
+    state = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline([3], 1.0, 25, torch.Generator().manual_seed(5), "pt").images
+    for step in range(48, -1, -2):
+        noise = (state.bfloat16() / 2).float()
+        clean = (state - (1 - kept[step]).sqrt() * noise) / kept[step].sqrt()
+        before = kept[step - 2] if step else torch.ones(())
+        state = before.sqrt() * clean + (1 - before).sqrt() * noise
+    with torch.no_grad():
+        expected = (vae.decode(state / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_pipeline_names_classes_that_there_are_not():

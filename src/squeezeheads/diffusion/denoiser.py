@@ -92,8 +92,9 @@ class Denoiser(nn.Module):
             output_hidden_states: whether tokens after the embedding and each block are returned.
         """
         masked = {} if keep is None else {"keep": keep}
+        noisy = hidden_states.to(self.dtype)  # a teacher may be held in bfloat16; batches are float32
         with self._watching(output_hidden_states) as states:
-            prediction = self.model(hidden_states, timestep=timestep, class_labels=class_labels, **masked).sample
+            prediction = self.model(noisy, timestep=timestep, class_labels=class_labels, **masked).sample
         loss = None
         if noise is not None and clean is not None and self.loss is not None:
             loss = self.loss(prediction, noise, clean, timestep).mean()
