@@ -284,6 +284,39 @@ def test_fingerprints_draw_and_decode_nothing(tmp_path, monkeypatch):
     assert task.fingerprint(splits.test) not in prints[0]
 
 
+def test_a_teacher_of_another_noise_schedule_is_refused(tmp_path, capsys):
+    """Its folder says so: of a plain model, and of a pipeline with any sampler."""
+    model = denoiser(sample_size=8).model
+    plain, whole = tmp_path / "plain", tmp_path / "pipeline"
+    model.save_pretrained(plain)
+    changes = {"teacher": {"path": str(plain)}, "baselines": {}}
+    task = load_recipe(write(tmp_path, **changes)).chosen_task  # 50 steps, linear to 0.2
+    assert task.pretrained_config(str(plain), "teacher.path").model_type == "dit", "nothing says how it was trained"
+    same = DDPMScheduler(num_train_timesteps=50, beta_start=1e-4, beta_end=0.2)
+    ClassConditionalPipeline(model, make_sampler("dpm", same, True, pixels=True)).save_pretrained(whole)
+    task.pretrained_config(str(whole), "teacher.path")
+    for other, folder, words in (
+        (
+            DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2"),
+            plain,
+            "50 steps, squaredcos_cap_v2;",
+        ),
+        (DDIMScheduler(), whole, "1000 steps, linear from 0.0001 to 0.02;"),
+        (DDIMScheduler(50, trained_betas=[0.01] * 50), whole, "50 steps of its own;"),
+    ):
+        other.save_pretrained(folder / "scheduler")
+        with pytest.raises(RecipeError) as caught:
+            task.pretrained_config(str(folder), "teacher.path")
+        assert f"teacher.path='{folder}' was trained with another noise schedule, {words}" in str(caught.value)
+        assert "the recipe's is 50 steps, linear from 0.0001 to 0.2. Set steps" in str(caught.value)
+    DDIMScheduler(50, beta_end=0.2, prediction_type="v_prediction").save_pretrained(plain / "scheduler")
+    assert main(["distill", write(tmp_path, **changes)]) == 2
+    assert "predicts v_prediction" in capsys.readouterr().err
+    (plain / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(RecipeError, match="its noise schedule cannot be read"):
+        task.check_companions(str(plain), "the model")
+
+
 def test_new_denoisers_have_the_type_asked_for(tmp_path):
     task = ImageGeneration(data="digits")
     task.load_data(Pretrained({"teacher": None}))

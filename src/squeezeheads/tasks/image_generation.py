@@ -328,9 +328,11 @@ class ImageGeneration(Task):
         from squeezeheads.diffusion.denoiser import load_config
 
         try:
-            return load_config(path)[0]
+            config = load_config(path)[0]
         except (OSError, ImportError, ValueError) as error:
             raise RecipeError(f"{key}={path!r} cannot be loaded: {error}") from error
+        self.check_companions(path, f"{key}={path!r}")
+        return config
 
     def check_model(self, config: Any, whose: str) -> None:
         """Whether a model is for images of this size, these channels and these classes."""
@@ -380,6 +382,29 @@ class ImageGeneration(Task):
     def save_companions(self, folder: Path, source: str | None = None) -> None:
         """The noise schedule of training, which samplers are made from."""
         self._scheduler.save_pretrained(folder / "scheduler")
+
+    def check_companions(self, path: str, whose: str) -> None:
+        """Whether a model was trained on the recipe's noise schedule, where one lies beside it: what it predicts on
+        another's images means nothing, and nothing would fail."""
+        from squeezeheads.diffusion.denoiser import load_schedule
+
+        try:
+            theirs = load_schedule(path)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise RecipeError(f"{whose}: its noise schedule cannot be read: {error}") from error
+        if theirs is None:
+            return
+        if theirs.config.prediction_type != "epsilon":
+            raise RecipeError(
+                f"{whose} predicts {theirs.config.prediction_type}: expected a model that predicts noise."
+            )
+        mine = self._scheduler
+        if theirs.betas.shape != mine.betas.shape or not torch.allclose(theirs.betas, mine.betas, rtol=1e-3, atol=0):
+            raise RecipeError(
+                f"{whose} was trained with another noise schedule, {_schedule(theirs)}; the recipe's is "
+                f"{_schedule(mine)}. Set steps, schedule, beta_start and beta_end of task.image_generation.diffusion "
+                "as the model has them."
+            )
 
     @property
     def _pixels(self) -> bool:
@@ -465,6 +490,14 @@ class ImageGeneration(Task):
         columns = self.sampling.grid_columns
         labels = torch.arange(min(self._classes, 10)).repeat_interleave(columns)
         sample_grid(self.generate(model, labels), columns, file)
+
+
+def _schedule(scheduler: DDPMScheduler) -> str:
+    options = scheduler.config
+    if options.trained_betas is not None:
+        return f"{options.num_train_timesteps} steps of its own"
+    ends = "" if options.beta_schedule == "squaredcos_cap_v2" else f" from {options.beta_start} to {options.beta_end}"
+    return f"{options.num_train_timesteps} steps, {options.beta_schedule}{ends}"
 
 
 def _check_kernel(attn_implementation: str) -> None:
