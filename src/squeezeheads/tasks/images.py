@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from squeezeheads.epochs import SharedEpoch
 from squeezeheads.errors import RecipeError
 
 DIGITS = "digits"
@@ -392,6 +393,8 @@ class Sample:
     """Place in its source."""
     training: bool
     """Whether augmentation applies."""
+    epoch: int = 0
+    """In which it is seen."""
 
 
 class Samples(Sequence[Any]):
@@ -405,6 +408,11 @@ class Samples(Sequence[Any]):
 
     def __init__(self, part: Part, channels: int, training: bool) -> None:
         self.part, self._channels, self._training = part, channels, training
+        self._epoch = SharedEpoch()
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on samples are those of this epoch."""
+        self._epoch.set(epoch)
 
     def __len__(self) -> int:
         return len(self.part.indices)
@@ -412,7 +420,7 @@ class Samples(Sequence[Any]):
     def __getitem__(self, position: Any) -> Any:
         index = int(self.part.indices[position])
         pixels = self.part.images.image(index, self._channels)
-        return Sample(pixels, int(self.part.images.labels[index]), index, self._training)
+        return Sample(pixels, int(self.part.images.labels[index]), index, self._training, int(self._epoch))
 
 
 __all__ = [
