@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 
 from squeezeheads.distillation import evaluating
 from squeezeheads.errors import RecipeError
+from squeezeheads.tasks.image_processing import View, own_processor
+from squeezeheads.tasks.normalisation import Normalisation
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -90,12 +91,12 @@ class ImageModel(nn.Module):
         classifies: with its head: logits; otherwise features, the mean over its last tokens or positions.
 
     Raises:
-        RecipeError: it cannot be loaded.
+        RecipeError: it cannot be loaded, or its image processor says what is not understood here.
     """
 
     def __init__(self, path: str, *, classifies: bool) -> None:
         super().__init__()
-        from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+        from transformers import AutoModel, AutoModelForImageClassification
 
         kind = AutoModelForImageClassification if classifies else AutoModel
         try:
@@ -103,9 +104,12 @@ class ImageModel(nn.Module):
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"{path}: cannot be loaded as a vision model: {error}") from error
         self.classifies = classifies
-        self.processor: Any = None
-        if not Path(path).is_dir() or (Path(path) / "preprocessor_config.json").is_file():
-            self.processor = AutoImageProcessor.from_pretrained(path)
+        self.channels = int(getattr(self.model.config, "num_channels", 3))
+        processor = own_processor(path)
+        self.normalisation, self.size = Normalisation((0.5,), (0.5,)), getattr(self.model.config, "image_size", None)
+        if processor is not None:
+            view = View(processor, self.channels, white=255)
+            self.normalisation, self.size = view.normalisation, view.size
 
     @property
     def classes(self) -> int:
@@ -114,23 +118,12 @@ class ImageModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) from 0 to 1 → (B, classes) logits or (B, F) features."""
-        config = self.model.config
-        channels = getattr(config, "num_channels", 3)
-        if images.shape[1] == 1 and channels == 3:
+        if images.shape[1] == 1 and self.channels == 3:
             images = images.expand(-1, 3, -1, -1)
-        mean, deviation, size = [0.5], [0.5], getattr(config, "image_size", None)
-        if self.processor is not None:
-            if getattr(self.processor, "do_normalize", True):
-                mean, deviation = self.processor.image_mean, self.processor.image_std
-            crop = getattr(self.processor, "crop_size", None) if getattr(self.processor, "do_center_crop", 0) else None
-            wanted = dict(crop or self.processor.size)
-            size = [wanted[k] for k in ("height", "width")] if "height" in wanted else wanted.get("shortest_edge", size)
-        if isinstance(size, int):
-            size = [size, size]
+        size = [self.size, self.size] if isinstance(self.size, int) else self.size
         if size is not None and list(images.shape[2:]) != list(size):
             images = F.interpolate(images, list(size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        scale = [torch.tensor(values, device=images.device)[None, :, None, None] for values in (mean, deviation)]
-        outputs = self.model(pixel_values=(images - scale[0]) / scale[1])
+        outputs = self.model(pixel_values=self.normalisation(images))
         if self.classifies:
             return outputs.logits
         states = outputs.last_hidden_state
