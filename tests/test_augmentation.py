@@ -135,6 +135,57 @@ def test_a_batch_is_changed_by_what_is_in_it_alone():
     assert first["label_probabilities"].shape == (8, 10)
 
 
+def test_a_batch_is_changed_anew_in_each_epoch():
+    """A batch of one image is the same batch in every epoch. Held-out images are never changed."""
+    made, splits = task(**ALL)
+    seen = []
+    for epoch in (0, 1, 0):
+        splits.train.set_epoch(epoch)
+        splits.test.set_epoch(epoch)
+        seen.append((made.collate([splits.train[3]])["pixel_values"], made.collate([splits.test[3]])["pixel_values"]))
+    assert not torch.equal(seen[0][0], seen[1][0]) and torch.equal(seen[0][0], seen[2][0])
+    assert torch.equal(seen[0][1], seen[1][1])
+
+
+def test_accelerators_random_numbers_go_on_too(monkeypatch):
+    """Dropout there must not depend on which images are in a batch."""
+    calls = []
+    for device in (torch.cuda, torch.xpu, torch.mps):
+        monkeypatch.setattr(device, "manual_seed_all" if device is not torch.mps else "manual_seed", calls.append)
+    with seeded(0, 0, [1]):
+        torch.rand(1)
+    assert not calls
+
+
+@pytest.mark.parametrize("persistent", [False, True])
+def test_workers_see_the_epoch(tmp_path, persistent):
+    """Those too that live on from epoch to epoch; a run with workers sees what one without sees."""
+
+    class Watching(SqueezeTrainer):
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            seen[-1].append(inputs["pixel_values"].clone())
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
+    seen = []
+    for workers in (0, 2):
+        seen.append([])
+        made, splits = task(erasing=1.0)
+        splits.train.part.indices = splits.train.part.indices[:2]
+        options = {"max_steps": 6, "per_device_train_batch_size": 1, "dataloader_num_workers": workers}
+        Watching(
+            model=classifier(3),
+            args=arguments(
+                tmp_path / str(workers), dataloader_persistent_workers=persistent and workers > 0, **options
+            ),
+            objectives={"task": TaskLoss()},
+            train_dataset=splits.train,
+            data_collator=made.collate,
+        ).train()
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+    different = [not torch.equal(a, b) for i, a in enumerate(seen[1]) for b in seen[1][:i]]
+    assert len(different) == 15 and all(different), "2 images in 3 epochs"
+
+
 def test_held_out_images_are_never_changed():
     made, splits = task(**ALL)
     plain, same = task()
@@ -162,7 +213,7 @@ def test_flip_alone():
 def test_seeded_restores_after_an_error():
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    with pytest.raises(RuntimeError, match="inside"), seeded(0, [1]):
+    with pytest.raises(RuntimeError, match="inside"), seeded(0, 0, [1]):
         torch.rand(5)
         raise RuntimeError("inside")
     assert torch.equal(torch.get_rng_state(), state)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from torch import nn
+from torch.utils.data import DataLoader
 from transformers import TrainerCallback, TrainingArguments
 
 from squeezeheads import (
@@ -646,6 +647,18 @@ def test_resumed_run_draws_what_an_undisturbed_one_does(tmp_path, stop):
     assert len({entry["task"] for entry in logged(whole)}) == 7
     for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_workers_that_outlive_an_epoch_draw_anew():
+    images = SeededImages(torch.zeros(4, 1, 8, 8), torch.arange(4))
+    loader = DataLoader(
+        images, batch_size=4, num_workers=1, persistent_workers=True, collate_fn=Noising(scheduler(), 10)
+    )
+    noises = []
+    for epoch in (0, 1, 0):
+        images.set_epoch(epoch)
+        noises.append(next(iter(loader))["noise"])
+    assert not torch.equal(noises[0], noises[1]) and torch.equal(noises[0], noises[2])
 
 
 def test_epochs_draw_anew(tmp_path):

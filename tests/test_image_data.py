@@ -14,14 +14,26 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTImageProcessor
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    BitImageProcessor,
+    ConvNextImageProcessor,
+    EfficientNetImageProcessor,
+    MobileViTImageProcessor,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTImageProcessor,
+)
 
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
+from squeezeheads.evaluation.image_metrics import ImageModel
 from squeezeheads.tasks import ImageClassification, Pretrained
 from squeezeheads.tasks.augmentation import Augmentation
+from squeezeheads.tasks.image_processing import own_processor
 from squeezeheads.tasks.images import DataSetImages, Part
-from squeezeheads.tasks.normalisation import Normalisation
+from squeezeheads.tasks.normalisation import Normalisation, normalisation_of
 from test_cli import recipe  # noqa: F401 (a fixture)
 from tiny import classifier
 
@@ -288,6 +300,72 @@ def test_processor_that_crops_its_own_way(tmp_path):
     files = sorted((tmp_path / "all").rglob("*.png"))
     expected = processor(images=[Image.open(files[s.index]) for s in splits.test], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(batch["pixel_values"], expected, rtol=0, atol=1e-5)
+
+
+def cnn_of_the_hub(folder: Path, **options) -> ResNetForImageClassification:
+    """As ResNet and RegNet lie on the hub: with ConvNeXT's image processor, whose size is one number."""
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_labels=2)
+    model = ResNetForImageClassification(config).eval()
+    model.save_pretrained(folder)
+    options = {"size": {"shortest_edge": 16}, "crop_pct": 0.875, "image_mean": [0.2, 0.3, 0.4], **options}
+    ConvNextImageProcessor(**options).save_pretrained(folder)
+    return model
+
+
+def test_a_cnn_of_the_hub_teaches(tmp_path):
+    """Its processor resizes to 16 / 0.875 and keeps the middle; recipes can still change the size."""
+    model = cnn_of_the_hub(tmp_path / "teacher")
+    pictures(tmp_path / "all", per_class=10)
+    paths = Pretrained({"teacher": str(tmp_path / "teacher")})
+    made, splits = task(tmp_path / "all", paths)
+    assert made.view.size == made.data_config()["image_size"] == 16
+    batch = made.collate(list(splits.test))
+    files = sorted((tmp_path / "all").rglob("*.png"))
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "teacher")
+    expected = processor(images=[Image.open(files[s.index]) for s in splits.test], return_tensors="pt")["pixel_values"]
+    assert expected.shape == (4, 3, 16, 16)
+    torch.testing.assert_close(batch["pixel_values"], expected, rtol=0, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            made.load(str(tmp_path / "teacher"), "eager")(expected).logits, model(expected).logits
+        )
+    assert task(tmp_path / "all", paths, image_size=8)[0].view.size == 8
+    judge = ImageModel(str(tmp_path / "teacher"), classifies=True)
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        mean, std = (torch.tensor(v)[:, None, None] for v in (processor.image_mean, processor.image_std))
+        torch.testing.assert_close(judge(images), model((images - mean) / std).logits)
+
+
+def test_a_processor_that_does_not_normalise(tmp_path):
+    model = cnn_of_the_hub(tmp_path / "plain", do_normalize=False)
+    assert normalisation_of(own_processor(str(tmp_path / "plain"))) == Normalisation((0.0,), (1.0,))
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        judged = ImageModel(str(tmp_path / "plain"), classifies=True)(images)
+        torch.testing.assert_close(judged, model(images).logits)
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        (MobileViTImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8}), "do_flip_channel"),
+        (ViTImageProcessor(size={"height": 8, "width": 8}, do_rescale=False), "do_rescale=False"),
+        (
+            EfficientNetImageProcessor(size={"height": 8, "width": 8}, rescale_offset=True, rescale_factor=1 / 127.5),
+            "rescale_offset=True",
+        ),
+        (BitImageProcessor(size={"shortest_edge": 8}, do_center_crop=False), "8 × 12 and of 12 × 8.*expected squares"),
+        (ViTImageProcessor(size={"height": 8, "width": 6}), "8 × 6 and of 8 × 6.*expected squares"),
+    ],
+)
+def test_processors_that_do_something_else_are_refused(tmp_path, processor, message):
+    """In silence a model would see other colours than it was trained on."""
+    classifier(6, num_channels=3, num_labels=2).save_pretrained(tmp_path / "teacher")
+    processor.save_pretrained(tmp_path / "teacher")
+    pictures(tmp_path / "all", per_class=10)
+    with pytest.raises(RecipeError, match=message):
+        task(tmp_path / "all", Pretrained({"teacher": str(tmp_path / "teacher")}))
 
 
 def test_a_run_saves_the_processor_beside_the_student(recipe, tmp_path):  # noqa: F811

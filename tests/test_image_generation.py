@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import TrainerCallback
 
+from squeezeheads import PredictionMatching, SqueezedHeads, TaskLoss
 from squeezeheads.cli import main
 from squeezeheads.diffusion.callbacks import EMA_FILE, AveragedWeights, SampleGrids
 from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig, build_model
@@ -35,6 +38,7 @@ from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
+from squeezeheads.tasks.image_generation import DiffusionSpec, SamplingSpec
 from test_diffusion import batch, denoiser, mdt, trainer
 from tiny import classifier, write_recipe
 
@@ -280,6 +284,39 @@ def test_fingerprints_draw_and_decode_nothing(tmp_path, monkeypatch):
     assert task.fingerprint(splits.test) not in prints[0]
 
 
+def test_a_teacher_of_another_noise_schedule_is_refused(tmp_path, capsys):
+    """Its folder says so: of a plain model, and of a pipeline with any sampler."""
+    model = denoiser(sample_size=8).model
+    plain, whole = tmp_path / "plain", tmp_path / "pipeline"
+    model.save_pretrained(plain)
+    changes = {"teacher": {"path": str(plain)}, "baselines": {}}
+    task = load_recipe(write(tmp_path, **changes)).chosen_task  # 50 steps, linear to 0.2
+    assert task.pretrained_config(str(plain), "teacher.path").model_type == "dit", "nothing says how it was trained"
+    same = DDPMScheduler(num_train_timesteps=50, beta_start=1e-4, beta_end=0.2)
+    ClassConditionalPipeline(model, make_sampler("dpm", same, True, pixels=True)).save_pretrained(whole)
+    task.pretrained_config(str(whole), "teacher.path")
+    for other, folder, words in (
+        (
+            DDPMScheduler(num_train_timesteps=50, beta_schedule="squaredcos_cap_v2"),
+            plain,
+            "50 steps, squaredcos_cap_v2;",
+        ),
+        (DDIMScheduler(), whole, "1000 steps, linear from 0.0001 to 0.02;"),
+        (DDIMScheduler(50, trained_betas=[0.01] * 50), whole, "50 steps of its own;"),
+    ):
+        other.save_pretrained(folder / "scheduler")
+        with pytest.raises(RecipeError) as caught:
+            task.pretrained_config(str(folder), "teacher.path")
+        assert f"teacher.path='{folder}' was trained with another noise schedule, {words}" in str(caught.value)
+        assert "the recipe's is 50 steps, linear from 0.0001 to 0.2. Set steps" in str(caught.value)
+    DDIMScheduler(50, beta_end=0.2, prediction_type="v_prediction").save_pretrained(plain / "scheduler")
+    assert main(["distill", write(tmp_path, **changes)]) == 2
+    assert "predicts v_prediction" in capsys.readouterr().err
+    (plain / "scheduler" / "scheduler_config.json").write_text("{")
+    with pytest.raises(RecipeError, match="its noise schedule cannot be read"):
+        task.check_companions(str(plain), "the model")
+
+
 def test_new_denoisers_have_the_type_asked_for(tmp_path):
     task = ImageGeneration(data="digits")
     task.load_data(Pretrained({"teacher": None}))
@@ -356,6 +393,56 @@ def test_latents_are_decoded_as_dit_pipeline_does():
         images.append(out.images)
     assert images[0].shape == (2, 3, 8, 8)
     torch.testing.assert_close(images[1], images[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_teacher_in_bfloat16_is_measured_teaches_and_generates():
+    """Of a small model: close to what it does in float32. Steps are taken in float32, through the autoencoder too."""
+    task = ImageGeneration(diffusion=DiffusionSpec(steps=50, beta_end=0.2), sampling=SamplingSpec(steps=4, images=0))
+    splits = task.load_data(Pretrained({"teacher": None}))
+    config = DenoiserConfig("dit", denoiser().config.options)
+    exact, rounded = (task.build(config, "sdpa", dtype) for dtype in ("float32", "bfloat16"))
+    exact.model.load_state_dict(denoiser().model.state_dict())
+    rounded.model.load_state_dict(exact.model.state_dict())
+    assert rounded.dtype == torch.bfloat16
+    errors = [task.measure(model, splits.test, 100)["noise_error"] for model in (exact, rounded)]
+    assert errors[1] != errors[0] and errors[1] == pytest.approx(errors[0], rel=0.02)
+    student = task.build(config, "sdpa")
+    inputs = task.collate([splits.train[i] for i in range(4)])
+    out = Distillation(rounded, {"task": TaskLoss(), "matching": PredictionMatching(), "attention": SqueezedHeads()})(
+        student, inputs
+    )
+    out.loss.backward()
+    assert out.loss.isfinite() and out.loss.dtype == torch.float32
+    images = [task.generate(model, torch.arange(8)) for model in (exact, rounded)]
+    assert images[1].dtype == torch.float32
+    torch.testing.assert_close(images[1], images[0], rtol=0, atol=0.1)
+
+    class Half(nn.Module):
+        """Half the noise that it is given, exactly, in bfloat16."""
+
+        dtype, device = torch.bfloat16, torch.device("cpu")
+        config = rounded.model.config
+
+        def forward(self, noisy, timestep, class_labels):
+            assert noisy.dtype == torch.bfloat16
+            return SimpleNamespace(sample=noisy / 2)
+
+    vae = AutoencoderKL(in_channels=1, out_channels=1, latent_channels=1, block_out_channels=(8,), norm_num_groups=4)
+    scheduler = make_sampler("ddim", noising(), False, pixels=False)
+    pipeline = ClassConditionalPipeline(denoiser().model, scheduler, vae.eval())
+    pipeline.transformer = Half()
+    kept = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 50), 0)
+    state = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    pipeline.set_progress_bar_config(disable=True)
+    found = pipeline([3], 1.0, 25, torch.Generator().manual_seed(5), "pt").images
+    for step in range(48, -1, -2):
+        noise = (state.bfloat16() / 2).float()
+        clean = (state - (1 - kept[step]).sqrt() * noise) / kept[step].sqrt()
+        before = kept[step - 2] if step else torch.ones(())
+        state = before.sqrt() * clean + (1 - before).sqrt() * noise
+    with torch.no_grad():
+        expected = (vae.decode(state / vae.config.scaling_factor).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 def test_pipeline_names_classes_that_there_are_not():
@@ -544,6 +631,69 @@ def test_fid_without_its_network_is_an_error_that_says_what_to_do():
             inception_metrics(torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8), 2)
 
 
+class Inception(nn.Module):
+    """What torchmetrics and sFID take of an Inception network: bytes in, features out, a block with a 1 × 1 branch."""
+
+    num_features = 5
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.Mixed_6d = nn.Module()
+        self.Mixed_6d.branch1x1 = nn.Conv2d(3, 9, 1)
+        self.seen = []
+
+    def forward(self, images):
+        assert images.dtype == torch.uint8
+        self.seen.append(images)
+        found = self.Mixed_6d.branch1x1(images.float() / 255)
+        return torch.cat([found.mean((2, 3))[:, :4], found.amax((2, 3))[:, :1]], 1)
+
+
+def test_inception_metrics_by_their_definitions(monkeypatch):
+    """With a network of our own in Inception's place."""
+    fid, inception = pytest.importorskip("torchmetrics.image.fid"), pytest.importorskip("torchmetrics.image.inception")
+    network, judge = Inception(), Inception()
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", partial(fid.FrechetInceptionDistance, network))
+    monkeypatch.setattr(inception, "InceptionScore", partial(inception.InceptionScore, judge))
+    generator = torch.Generator().manual_seed(1)
+    levels = torch.arange(256).repeat(4)[torch.randperm(1024, generator=generator)].reshape(16, 1, 8, 8)
+    # As a split gives them: from bytes to −1 … 1, and back.
+    real = (levels.float() * (2 / 255) - 1) / 2 + 0.5
+    made = torch.rand(14, 1, 8, 8, generator=generator)
+    torch.manual_seed(4)
+    expected_draw = torch.rand(2)
+    torch.manual_seed(4)
+    found = inception_metrics(real, made, 5)
+    assert torch.equal(torch.rand(2), expected_draw), "draws on no global generator"
+    assert found == inception_metrics(real, made, 5) and set(found) == {"fid", "sfid", "inception_score"}
+    seen = torch.cat(network.seen[:7])
+    assert torch.equal(seen[:16], levels.expand(-1, 3, -1, -1)), "the levels that the images were read with"
+    assert torch.equal(seen[16:], (made * 255).round().expand(-1, 3, -1, -1))
+    with torch.no_grad():
+        maps = network.Mixed_6d.branch1x1(seen.float() / 255)[:, :7].reshape(30, 7 * 64)
+        features = network(seen)
+    assert found["sfid"] == pytest.approx(frechet_distance(maps[:16], maps[16:]), rel=1e-4)
+    assert found["fid"] == pytest.approx(frechet_distance(features[:16], features[16:]), rel=1e-3)
+    assert not network.Mixed_6d.branch1x1._forward_hooks
+
+
+def test_the_real_inception_network_has_the_layer(monkeypatch):
+    """torch-fidelity's network with random weights, where it is installed."""
+    network = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    pytest.importorskip("torchmetrics.image.fid")
+    monkeypatch.setattr(network, "load_state_dict_from_url", lambda *_, **__: {})
+    monkeypatch.setattr(network.FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
+    widths = []
+    monkeypatch.setattr(
+        "squeezeheads.evaluation.image_metrics.frechet_distance",
+        lambda a, b: widths.append((a.shape, b.shape)) or 1.0,
+    )
+    torch.manual_seed(0)
+    found = inception_metrics(torch.rand(3, 1, 32, 32), torch.rand(2, 1, 32, 32), 2)
+    assert widths == [((3, 7 * 17 * 17), (2, 7 * 17 * 17))] and found["sfid"] == 1.0
+
+
 def test_a_classifier_judges_generated_images(tmp_path):
     classifier(3).save_pretrained(tmp_path / "judge")
     judged = {"features": str(tmp_path / "judge"), "images": 20, "steps": 2}
@@ -557,13 +707,39 @@ def test_a_classifier_judges_generated_images(tmp_path):
     assert 0 <= metrics["class_accuracy"] <= 1
     labels = torch.arange(20) % 10
     images = task.generate(model, labels)
-    real = torch.stack([splits.test[i]["clean"] for i in range(20)]) / 2 + 0.5
+    # The first two of each class.
+    places = [i for label in range(10) for i in (splits.test.labels[splits.test.chosen] == label).nonzero()[:2, 0]]
+    real = torch.stack([splits.test[int(i)]["clean"] for i in places]) / 2 + 0.5
     module = ImageModel(str(tmp_path / "judge"), classifies=False)
     expected = frechet_distance(features_of(module, real, 20), features_of(module, images, 20))
     assert metrics["frechet_distance"] == pytest.approx(expected, rel=1e-4)
     classifier(3, num_labels=4).save_pretrained(tmp_path / "judge")
     with pytest.raises(RecipeError, match="tells 4 classes apart, the data has 10"):
         task.measure(model, splits.test, 10)
+
+
+def test_generated_images_are_compared_with_all_classes(tmp_path, monkeypatch):
+    """A folder of images lies sorted by class: half of the test split must not be half of its classes."""
+    for split, count in (("train", 12), ("test", 12)):
+        for label, name in enumerate(("black", "grey", "white")):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (8, 8), 100 * label + number).save(tmp_path / "data" / split / name / f"{number:02}.png")
+    sampling = SamplingSpec(images=6, steps=1)
+    task = ImageGeneration(
+        data=str(tmp_path / "data"), image_size=8, validation_size=12, test_size=36, sampling=sampling
+    )
+    splits = task.load_data(Pretrained({"teacher": None}))
+    seen = []
+    monkeypatch.setattr(
+        "squeezeheads.evaluation.image_metrics.features_of",
+        lambda module, images, size: seen.append(images) or torch.randn(len(images), 3),
+    )
+    model = task.build(task.new_config({"model_type": "dit", "num_attention_heads": 1, "attention_head_dim": 8,
+                                        "num_layers": 1, "patch_size": 4}, "student"), "sdpa")  # fmt: skip
+    task.measure(model, splits.test, 8)
+    levels = (seen[0][:, 0, 0, 0] * 255).round().int().tolist()
+    assert levels == [0, 100, 200, 1, 101, 201] and len(seen[1]) == 6
 
 
 def test_a_short_training_beats_noise(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -15,7 +16,9 @@ from squeezeheads import (
     AttentionMSE,
     AttentionRecord,
     Distillation,
+    HiddenStates,
     MiniLMRelations,
+    OrthogonalProjection,
     SqueezedHeads,
     SqueezedRelations,
     group_heads,
@@ -194,6 +197,117 @@ def test_other_objectives_compare_the_shared_tokens(case, name):
             assert found is None
         else:
             torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-12, msg=part)
+
+
+FEATURES = {
+    "linear": HiddenStates(layers=[[0, 1], [1, 1]]),
+    "orthogonal": OrthogonalProjection(),
+    "whitened": HiddenStates(layers="last", normalisation="whiten", calibration_batches=3),
+}
+
+
+def features(layouts, seed=0, widths=(6, 8)) -> Evidence:
+    """Hidden states of two layers of each model, 5 patches; the student's special tokens and one patch do not count in
+    one sample."""
+    g = torch.Generator().manual_seed(seed)
+    learned, taught = (
+        tuple(torch.randn(3, len(layout) + 5, width, generator=g) + 0.5 for _ in range(3))
+        for layout, width in zip(layouts, widths, strict=True)
+    )
+    rows = torch.ones(3, len(layouts[0]) + 5, dtype=torch.bool)
+    rows[1, : len(layouts[0])] = rows[1, -2] = False
+    return Evidence({}, {"hidden_states": learned}, {"hidden_states": taught}, rows=rows)
+
+
+def dense_features(objective, weights, learned, taught, rows, mine, theirs, calibration) -> Tensor:
+    """Token by token, by their places in either sequence."""
+    losses = []
+    for (weight, bias), pair in zip(weights, objective.plan, strict=True):
+        errors = []
+        for b in range(len(learned[0])):
+            for i, j in zip(mine, theirs, strict=True):
+                if rows is None or rows[b, i]:
+                    goal = taught[pair.teacher_layer + 1][b, j].double()
+                    if objective.normalisation == "standardise":
+                        goal = (goal - goal.mean()) / (goal.var(correction=0) + 1e-5).sqrt()
+                    if objective.normalisation == "whiten":
+                        seen = torch.cat(
+                            [
+                                e.teacher["hidden_states"][pair.teacher_layer + 1][sample, there][None].double()
+                                for e in calibration
+                                for sample in range(3)
+                                for here, there in zip(mine, theirs, strict=True)
+                                if e.rows[sample, here]
+                            ]
+                        )
+                        values, vectors = torch.linalg.eigh(torch.cov(seen.T, correction=0))
+                        goal = vectors @ torch.diag(values**-0.5) @ vectors.T @ (goal - seen.mean(0))
+                    guess = weight @ learned[pair.student_layer + 1][b, i].double()
+                    errors.append((guess + (0 if bias is None else bias) - goal).square().mean())
+        losses.append(torch.stack(errors).mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("name", FEATURES)
+def test_features_are_those_of_the_shared_tokens(case, name):
+    """Value, and the student's gradient: tokens that only one model has are no part of it."""
+    *layouts, mine, theirs = CASES[case]
+    objective = dataclasses.replace(FEATURES[name], student_tokens=list(layouts[0]), teacher_tokens=list(layouts[1]))
+    calibration = [features(layouts, seed) for seed in range(objective.batches_to_prepare)]
+    objective.prepare(calibration)
+    stored = json.loads(json.dumps(objective.plan_to_json()))
+    again = dataclasses.replace(objective)
+    again.plan_from_json(stored)
+    assert again.plan == objective.plan and str(again.plan[0].tokens).endswith(f"teacher's {len(layouts[1]) + 5})")
+    given = features(layouts, seed=7)
+    learned = tuple(s.requires_grad_() for s in given.student["hidden_states"])
+    taught = given.teacher["hidden_states"]
+    weights = [(m.weight.detach().double(), m.bias) for m in objective.projector.maps]
+    value = objective(given)
+    expected = dense_features(objective, weights, learned, taught, given.rows, mine, theirs, calibration)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    layers = [learned[pair.student_layer + 1] for pair in objective.plan]
+    for found, wanted in zip(torch.autograd.grad(value, layers), torch.autograd.grad(expected, layers), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=rf"rows has shape \(3, {len(layouts[0]) + 6}\)"):
+        objective(dataclasses.replace(given, rows=torch.ones(3, len(layouts[0]) + 6)))
+
+
+def test_features_of_deit_against_vit_and_back():
+    """The models' own layouts, through ``Distillation``; and what cannot be compared, before any training."""
+    for kinds in (("deit", "vit"), ("vit", "deit")):
+        student, teacher = model(kinds[0], 3, layers=2), model(kinds[1], 6, layers=3, seed=1)
+        objectives = {"linear": HiddenStates(), "orthogonal": OrthogonalProjection()}
+        distillation, batch = Distillation(teacher, objectives), image_batch(3)
+        out = distillation(student, batch)
+        hidden = [
+            m(pixel_values=batch["pixel_values"], output_hidden_states=True).hidden_states for m in (student, teacher)
+        ]
+        places = [[0, *range(kind == "deit" and 2 or 1, 17 + (kind == "deit"))] for kind in kinds]
+        for name, objective in objectives.items():
+            weights = [(m.weight.detach().double(), m.bias) for m in objective.projector.maps]
+            expected = dense_features(objective, weights, *hidden, None, *places, [])
+            torch.testing.assert_close(out.terms[name].double(), expected.detach(), rtol=1e-4, atol=1e-6)
+        out.loss.backward()
+        with pytest.raises(ValueError, match=r"grids of 4 and 16 patches") as caught:
+            Distillation(teacher, {"linear": HiddenStates()})(model(kinds[0], 3, patch_size=4), batch)
+        assert "student layer 0 (3," in str(caught.value) and "teacher layer" in str(caught.value)
+        with pytest.raises(ValueError, match=r"student .* have .* tokens, but the plan compares 1[78] tokens"):
+            distillation(model(kinds[0], 3, layers=2, patch_size=4), batch)
+
+
+def test_features_of_models_that_do_not_say_which_tokens_they_have():
+    """Token by token where there are as many; else the error says how to name them."""
+    given = features((CLASS, DEIT))
+    with pytest.raises(ValueError, match=r"\(3, 6, 6\).*\(3, 7, 8\) differ.*name them \(student_tokens, teacher_tok"):
+        HiddenStates().prepare([dataclasses.replace(given, rows=None, student_layout=CLASS)])
+    with pytest.raises(ValueError, match="teacher_tokens='class'"):
+        HiddenStates(teacher_tokens="class")
+    named = HiddenStates(teacher_tokens=["class", "distillation"])
+    assert named.plan_options != HiddenStates().plan_options
+    named.prepare([dataclasses.replace(given, student_layout=CLASS, teacher_layout=REGISTERS)])
+    assert len(named.plan[0].tokens) == 6, "what is given goes before what is known"
 
 
 def with_gradients(record):

@@ -136,6 +136,26 @@ class SharedTokens:
             )
         return _take(rows, self.of_student, -1)
 
+    def student_states(self, states: Tensor) -> Tensor:
+        """Of the student's hidden states (B, N, E) those of the compared tokens, (B, n, E).
+
+        Raises:
+            ValueError: states of other tokens.
+        """
+        return self._of_states(states, self.student, self.of_student, "student")
+
+    def teacher_states(self, states: Tensor) -> Tensor:
+        """Of the teacher's hidden states those of the same tokens, in the same order."""
+        return self._of_states(states, self.teacher, self.of_teacher, "teacher")
+
+    def _of_states(self, states: Tensor, layout: Layout, places: list[int], whose: str) -> Tensor:
+        if states.shape[1] != len(layout) + self.patches:
+            raise ValueError(
+                f"hidden states of the {whose} {tuple(states.shape)} have {states.shape[1]} tokens, but the plan "
+                f"compares {self._expected(layout)}: it was made for another input size or another model."
+            )
+        return _take(states, places, 1)
+
     def taught(self, teacher: AttentionRecord) -> AttentionRecord:
         """(B, T, n, D) queries of the compared tokens, all keys: the teacher as squeezing sees it.
 
@@ -183,9 +203,11 @@ class SharedTokens:
         if (record.num_queries, record.num_keys) != (expected, expected):
             raise ValueError(
                 f"{whose} {record.name!r} has {record.num_queries} queries × {record.num_keys} keys, but the plan "
-                f"compares {expected} tokens ({len(layout)} special, {self.patches} patches): it was made for another "
-                "input size or another model."
+                f"compares {self._expected(layout)}: it was made for another input size or another model."
             )
+
+    def _expected(self, layout: Layout) -> str:
+        return f"{len(layout) + self.patches} tokens ({len(layout)} special, {self.patches} patches)"
 
 
 def share_tokens(
@@ -211,14 +233,35 @@ def share_tokens(
         check_comparable(student, teacher)
         return None
     check_same_samples(student, teacher)
-    mine, theirs = student.num_keys - len(student_layout), teacher.num_keys - len(teacher_layout)
+    return match_tokens(
+        student.num_keys,
+        teacher.num_keys,
+        student_layout,
+        teacher_layout,
+        f"student {student.name!r} and teacher {teacher.name!r} compare different tokens: {student.num_queries} "
+        f"queries × {student.num_keys} keys against {teacher.num_queries} × {teacher.num_keys}",
+    )
+
+
+def match_tokens(
+    student: int, teacher: int, student_layout: Layout, teacher_layout: Layout, difference: str
+) -> SharedTokens:
+    """What two sequences have in common, by how many tokens they have and which of these are special.
+
+    Args:
+        student, teacher: tokens of each.
+        student_layout, teacher_layout: their special tokens.
+        difference: how the sequences differ, should they: begins the message.
+
+    Raises:
+        ValueError: different patch grids; names both.
+    """
+    mine, theirs = student - len(student_layout), teacher - len(teacher_layout)
     if mine != theirs or mine < 0:
         raise ValueError(
-            f"student {student.name!r} and teacher {teacher.name!r} compare different tokens: {student.num_queries} "
-            f"queries × {student.num_keys} keys against {teacher.num_queries} × {teacher.num_keys}. Without special "
-            f"tokens ({_listed(student_layout)} against {_listed(teacher_layout)}) these are grids of {mine} and "
-            f"{theirs} patches: maps can only be compared patch by patch. Use the same image size and patch size; "
-            "where the special tokens are others, name them (student_tokens, teacher_tokens)."
+            f"{difference}. Without special tokens ({_listed(student_layout)} against {_listed(teacher_layout)}) these "
+            f"are grids of {mine} and {theirs} patches: they can only be compared patch by patch. Use the same image "
+            "size and patch size; where the special tokens are others, name them (student_tokens, teacher_tokens)."
         )
     return SharedTokens(student_layout, teacher_layout, mine)
 
@@ -281,4 +324,4 @@ def _refuse_causal(record: AttentionRecord) -> None:
         )
 
 
-__all__ = ["KINDS", "Layout", "SharedTokens", "check_layout", "known_layout", "share_tokens"]
+__all__ = ["KINDS", "Layout", "SharedTokens", "check_layout", "known_layout", "match_tokens", "share_tokens"]

@@ -12,6 +12,7 @@ import torch
 from diffusers import DDPMScheduler
 from torch import Tensor
 
+from squeezeheads.epochs import SharedEpoch
 from squeezeheads.models import draw_kept_tokens, draw_mask_ratio
 
 MASKED = "masked_"
@@ -33,11 +34,11 @@ class SeededImages(Sequence[dict[str, Any]]):
     ) -> None:
         self.images, self.labels, self.seed = images, labels, seed
         self.chosen = range(len(images)) if chosen is None else chosen
-        self.epoch = 0
+        self._epoch = SharedEpoch()
 
     def set_epoch(self, epoch: int) -> None:
         """Draw anew, as in this epoch."""
-        self.epoch = epoch
+        self._epoch.set(epoch)
 
     def seeded(self, seed: int) -> SeededImages:
         """The same images, other draws."""
@@ -50,7 +51,7 @@ class SeededImages(Sequence[dict[str, Any]]):
         if not -len(self) <= index < len(self):
             raise IndexError(index)
         image = self.chosen[index]
-        name = f"{self.seed}/{self.epoch}/{image}"
+        name = f"{self.seed}/{int(self._epoch)}/{image}"
         seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest())
         return {"clean": self.images[image], "class_labels": int(self.labels[image]), "draw": seed}
 

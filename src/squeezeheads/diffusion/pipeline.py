@@ -60,6 +60,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         options = self.transformer.config
         classes, channels, size = options.num_embeds_ada_norm, options.in_channels, options.sample_size
         device, dtype = self.transformer.device, self.transformer.dtype
+        exact = torch.promote_types(dtype, torch.float32)  # of the steps: bfloat16 would round small ones away
         labels = torch.as_tensor(class_labels, device=device).reshape(-1)
         if len(labels) == 0 or labels.min() < 0 or labels.max() >= classes:
             raise ValueError(f"class_labels={labels.tolist()}: expected at least one class from 0 to {classes - 1}.")
@@ -67,14 +68,15 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if guided:
             labels = torch.cat([labels, torch.full_like(labels, classes)])
         shape = (len(labels) // (2 if guided else 1), channels, size, size)
-        images = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        images = randn_tensor(shape, generator=generator, device=device, dtype=exact)
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         images = images * self.scheduler.init_noise_sigma
         takes_variance = str(self.scheduler.config.get("variance_type")).startswith("learned")
         extra = {} if not _takes_generator(self.scheduler) else {"generator": generator}
         for step in self.progress_bar(self.scheduler.timesteps):
             given = self.scheduler.scale_model_input(torch.cat([images, images]) if guided else images, step)
-            out = self.transformer(given, timestep=step.expand(len(given)), class_labels=labels).sample
+            out = self.transformer(given.to(dtype), timestep=step.expand(len(given)), class_labels=labels).sample
+            out = out.to(exact)
             noise, rest = out[:, :channels], out[:, channels:]
             if guided:
                 with_class, without = noise.chunk(2)
@@ -82,7 +84,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             predicted = torch.cat([noise, rest], 1) if takes_variance else noise
             images = self.scheduler.step(predicted, step, images, **extra).prev_sample
         if self.vae is not None:
-            images = self.vae.decode(images / self.vae.config.scaling_factor).sample
+            images = self.vae.decode((images / self.vae.config.scaling_factor).to(self.vae.dtype)).sample
         images = (images / 2 + 0.5).clamp(0, 1).float()
         self.maybe_free_model_hooks()
         if output_type == "pt":

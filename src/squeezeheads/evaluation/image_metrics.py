@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 
 from squeezeheads.distillation import evaluating
 from squeezeheads.errors import RecipeError
+from squeezeheads.tasks.image_processing import View, own_processor
+from squeezeheads.tasks.normalisation import Normalisation
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -90,12 +91,12 @@ class ImageModel(nn.Module):
         classifies: with its head: logits; otherwise features, the mean over its last tokens or positions.
 
     Raises:
-        RecipeError: it cannot be loaded.
+        RecipeError: it cannot be loaded, or its image processor says what is not understood here.
     """
 
     def __init__(self, path: str, *, classifies: bool) -> None:
         super().__init__()
-        from transformers import AutoImageProcessor, AutoModel, AutoModelForImageClassification
+        from transformers import AutoModel, AutoModelForImageClassification
 
         kind = AutoModelForImageClassification if classifies else AutoModel
         try:
@@ -103,9 +104,12 @@ class ImageModel(nn.Module):
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"{path}: cannot be loaded as a vision model: {error}") from error
         self.classifies = classifies
-        self.processor: Any = None
-        if not Path(path).is_dir() or (Path(path) / "preprocessor_config.json").is_file():
-            self.processor = AutoImageProcessor.from_pretrained(path)
+        self.channels = int(getattr(self.model.config, "num_channels", 3))
+        processor = own_processor(path)
+        self.normalisation, self.size = Normalisation((0.5,), (0.5,)), getattr(self.model.config, "image_size", None)
+        if processor is not None:
+            view = View(processor, self.channels, white=255)
+            self.normalisation, self.size = view.normalisation, view.size
 
     @property
     def classes(self) -> int:
@@ -114,23 +118,12 @@ class ImageModel(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """(B, C, H, W) from 0 to 1 → (B, classes) logits or (B, F) features."""
-        config = self.model.config
-        channels = getattr(config, "num_channels", 3)
-        if images.shape[1] == 1 and channels == 3:
+        if images.shape[1] == 1 and self.channels == 3:
             images = images.expand(-1, 3, -1, -1)
-        mean, deviation, size = [0.5], [0.5], getattr(config, "image_size", None)
-        if self.processor is not None:
-            if getattr(self.processor, "do_normalize", True):
-                mean, deviation = self.processor.image_mean, self.processor.image_std
-            crop = getattr(self.processor, "crop_size", None) if getattr(self.processor, "do_center_crop", 0) else None
-            wanted = dict(crop or self.processor.size)
-            size = [wanted[k] for k in ("height", "width")] if "height" in wanted else wanted.get("shortest_edge", size)
-        if isinstance(size, int):
-            size = [size, size]
+        size = [self.size, self.size] if isinstance(self.size, int) else self.size
         if size is not None and list(images.shape[2:]) != list(size):
             images = F.interpolate(images, list(size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        scale = [torch.tensor(values, device=images.device)[None, :, None, None] for values in (mean, deviation)]
-        outputs = self.model(pixel_values=(images - scale[0]) / scale[1])
+        outputs = self.model(pixel_values=self.normalisation(images))
         if self.classifies:
             return outputs.logits
         states = outputs.last_hidden_state
@@ -157,36 +150,64 @@ def class_accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, batch_
     return (guesses == labels.cpu()).double().mean().item()
 
 
+SPATIAL_CHANNELS = 7
+"""Of the Inception network's spatial features that sFID goes by."""
+
+
 def inception_metrics(real: Tensor, generated: Tensor, batch_size: int) -> dict[str, float]:
-    """FID and Inception score by torchmetrics, with torch-fidelity's standard Inception network.
+    """FID, sFID and Inception score with torch-fidelity's standard Inception network, which torchmetrics runs.
+
+    sFID is the Fréchet distance on features that know where they are: the first 7 channels of the 17 × 17 map that the
+    1 × 1 branch of the network's block Mixed_6d gives ("mixed_6/conv" in the network's original graph), side by side:
+    2,023 features. They are watched during the forward pass of the FID.
 
     Args:
         real: (n, C, H, W) from 0 to 1; grey images are repeated.
         generated: (m, C, H, W).
 
     Returns:
-        ``fid``; ``inception_score``, the mean over ten parts (nats, exponentiated).
+        ``fid``; ``sfid``; ``inception_score``, the mean over ten parts (nats, exponentiated).
 
     Raises:
         RecipeError: a package or the network's weights are missing.
+
+    Source of sFID: Nash et al., "Generating Images with Sparse Representations", arXiv 2103.03841; layer and channels
+    as in the public evaluation code of Dhariwal, Nichol, arXiv 2105.05233.
     """
     try:
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.inception import InceptionScore
 
-        metrics: list[Any] = [FrechetInceptionDistance(normalize=True), InceptionScore(normalize=True)]
+        metrics: list[Any] = [FrechetInceptionDistance(), InceptionScore()]
     except (ImportError, OSError) as error:
         raise RecipeError(
-            f"FID and Inception score need torchmetrics, torch-fidelity and the weights that it downloads: {error} "
-            "Install them with pip install torchmetrics torch-fidelity, or set sampling.inception to false: the "
-            "Fréchet distance on other features needs neither."
+            f"FID, sFID and Inception score need torchmetrics, torch-fidelity and the weights that it downloads: "
+            f"{error} Install them with pip install torchmetrics torch-fidelity, or set sampling.inception to false: "
+            "the Fréchet distance on other features needs neither."
         ) from error
     fid, score = metrics
+    maps: list[Tensor] = []
+
+    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+        maps.append(output[:, :SPATIAL_CHANNELS].flatten(1).cpu())
+
+    handle = fid.inception.Mixed_6d.branch1x1.register_forward_hook(keep)
     for images, is_real in ((real, True), (generated, False)):
         for part in images.split(batch_size):
             part = part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part
+            # Rounded here: torchmetrics cuts off, so that a real image's levels would not come back as they were.
+            part = (part * 255).round().byte()
             fid.update(part, real=is_real)
             if not is_real:
                 score.update(part)
-    values = {"fid": float(fid.compute()), "inception_score": float(score.compute()[0])}
+    handle.remove()
+    spatial = torch.cat(maps).split([len(real), len(generated)])
+    with torch.random.fork_rng(devices=[]):  # the ten parts are drawn
+        torch.random.default_generator.manual_seed(0)
+        inception_score = float(score.compute()[0])
+    values = {
+        "fid": float(fid.compute()),
+        "sfid": frechet_distance(spatial[0], spatial[1]),
+        "inception_score": inception_score,
+    }
     return {name: value for name, value in values.items() if math.isfinite(value)}

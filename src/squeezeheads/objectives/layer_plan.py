@@ -10,9 +10,10 @@ from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord
 from squeezeheads.divergence import check_comparable
-from squeezeheads.objectives.base import Evidence, Objective
+from squeezeheads.objectives.base import Evidence
+from squeezeheads.objectives.special_tokens import TokenwiseObjective
 from squeezeheads.pairing import pair_layers
-from squeezeheads.token_layout import SharedTokens, check_layout, share_tokens
+from squeezeheads.token_layout import SharedTokens, share_tokens
 
 
 @dataclass(frozen=True)
@@ -36,32 +37,16 @@ class LayerPair:
 
 
 @dataclass
-class PairedObjective(Objective):
+class PairedObjective(TokenwiseObjective):
     """What objectives on the attention of paired layers share. Subclasses define ``unit``, ``plan_options`` and
     ``__call__``; more than pairs of layers is decided in ``prepare``."""
 
     layers: str | list[list[int]] = "uniform"
     """Which layers go together: "uniform", "last", or pairs [student, teacher] counted from 0."""
-    student_tokens: list[Literal["class", "distillation", "register"]] | None = None
-    """The special tokens before the student's patches, in their order. Left out: those that its model is known for."""
-    teacher_tokens: list[Literal["class", "distillation", "register"]] | None = None
-    """The teacher's, likewise. Tokens that both models have are compared."""
     plan: tuple[LayerPair, ...] = field(default=(), init=False, repr=False)
 
     needs: ClassVar[frozenset[str]] = frozenset({"attention"})
     items: ClassVar[Literal["rows", "targets"]] = "rows"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for name in ("student_tokens", "teacher_tokens"):
-            if getattr(self, name) is not None:
-                check_layout(getattr(self, name), name)
-
-    @property
-    def layout_options(self) -> dict[str, Any]:
-        """The special tokens that were given: part of ``plan_options``."""
-        names = ("student_tokens", "teacher_tokens")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     def shared_tokens(self, student: AttentionRecord, teacher: AttentionRecord, first: Evidence) -> SharedTokens | None:
         """Which tokens of two layers are compared.
@@ -69,9 +54,7 @@ class PairedObjective(Objective):
         Raises:
             ValueError: different patch grids; names both.
         """
-        mine = first.student_layout if self.student_tokens is None else check_layout(self.student_tokens, "")
-        theirs = first.teacher_layout if self.teacher_tokens is None else check_layout(self.teacher_tokens, "")
-        return share_tokens(student, teacher, mine, theirs)
+        return share_tokens(student, teacher, *self.layouts(first))
 
     def check_pair(self, student: AttentionRecord, teacher: AttentionRecord) -> None:
         """Whether two layers can be compared, of the tokens that they share.

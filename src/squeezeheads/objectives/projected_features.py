@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from squeezeheads.objectives.base import Evidence, Objective, hidden_states_of
+from squeezeheads.objectives.base import Evidence, hidden_states_of
+from squeezeheads.objectives.special_tokens import TokenwiseObjective
 from squeezeheads.pairing import pair_layers
+from squeezeheads.token_layout import SharedTokens, match_tokens
 
 NORMALISATIONS = ("none", "standardise", "whiten")
 
@@ -31,6 +33,43 @@ class FeaturePlan:
     """Features of the student (its model width E)."""
     teacher_width: int
     """Features of the teacher."""
+    tokens: SharedTokens | None = field(default=None, kw_only=True)
+    """The tokens that are compared; ``None``: all of both, one by one."""
+
+    def states(self, learned: Sequence[Tensor], taught: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(B, n, E) hidden states of the two layers, of the tokens that are compared.
+
+        Raises:
+            ValueError: student and teacher with other samples or tokens; names both.
+        """
+        student, teacher = learned[self.student_layer + 1], taught[self.teacher_layer + 1]
+        if self.tokens is not None:
+            student, teacher = self.tokens.student_states(student), self.tokens.teacher_states(teacher)
+        if student.shape[:2] != teacher.shape[:2]:
+            raise ValueError(
+                f"{_difference(self.student_layer, self.teacher_layer, student, teacher)}: expected the same tokens in "
+                "both models; where special tokens alone differ, name them (student_tokens, teacher_tokens)."
+            )
+        return student, teacher
+
+    def rows(self, rows: Tensor | None, states: Tensor) -> Tensor | None:
+        """Of the student's rows (B, N) that count, those that are compared (B, n).
+
+        Raises:
+            ValueError: rows that do not fit ``states``, the student's (B, n, E).
+        """
+        if self.tokens is not None:
+            return self.tokens.rows(rows)
+        if rows is not None and rows.shape != states.shape[:2]:
+            raise ValueError(
+                f"rows {tuple(rows.shape)} do not fit hidden states {tuple(states.shape)}: expected one for each "
+                f"token, {tuple(states.shape[:2])}."
+            )
+        return rows
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data."""
+        return {**vars(self), "tokens": self.tokens and self.tokens.to_json()}
 
 
 class Projectors(nn.Module):
@@ -94,7 +133,7 @@ class Projectors(nn.Module):
 
 
 @dataclass
-class ProjectedFeatures(Objective):
+class ProjectedFeatures(TokenwiseObjective):
     """Mean squared error between a projection of the student's hidden states and the teacher's."""
 
     layers: str | list[list[int]] = "uniform"
@@ -140,15 +179,23 @@ class ProjectedFeatures(Objective):
         plan = []
         for s, t in pair_layers(len(learned) - 1, len(taught) - 1, self.layers):
             student, teacher = learned[s + 1], taught[t + 1]
-            _check_rows(student, teacher, batches[0].rows, s, t)
-            plan.append(FeaturePlan(s, t, student.shape[-1], teacher.shape[-1]))
+            tokens = self._shared_tokens(student, teacher, batches[0], s, t)
+            pair = FeaturePlan(s, t, student.shape[-1], teacher.shape[-1], tokens=tokens)
+            pair.rows(batches[0].rows, pair.states(learned, taught)[0])  # fails now rather than in the first step
+            plan.append(pair)
         self._make(tuple(plan))
         assert self._projectors is not None
         self._projectors.to(learned[0].device)
         if self.normalisation == "whiten":
             for index, pair in enumerate(self.plan):
-                self._projectors.calibrate(index, _rows_of(batches, pair.teacher_layer))
+                self._projectors.calibrate(index, _rows_of(batches, pair))
             self._calibrated = True
+
+    def _shared_tokens(self, student: Tensor, teacher: Tensor, first: Evidence, s: int, t: int) -> SharedTokens | None:
+        layouts = self.layouts(first)
+        if layouts[0] is None or layouts[1] is None:
+            return None
+        return match_tokens(student.shape[1], teacher.shape[1], *layouts, _difference(s, t, student, teacher))
 
     def _make(self, plan: tuple[FeaturePlan, ...]) -> None:
         # The student's own randomness goes on as it would without a projector. On the CPU: the same on every machine.
@@ -165,19 +212,20 @@ class ProjectedFeatures(Objective):
 
     @property
     def plan_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("layers", "normalisation", "calibration_batches")}
+        names = ("layers", "normalisation", "calibration_batches")
+        return {**{name: getattr(self, name) for name in names}, **self.layout_options}
 
     @property
     def batches_to_prepare(self) -> int:
         return self.calibration_batches if self.normalisation == "whiten" else 1
 
-    def plan_to_json(self) -> list[dict[str, int]]:
-        return [asdict(pair) for pair in self.plan]
+    def plan_to_json(self) -> list[dict[str, Any]]:
+        return [pair.to_json() for pair in self.plan]
 
-    def plan_from_json(self, data: list[dict[str, int]]) -> None:
+    def plan_from_json(self, data: list[dict[str, Any]]) -> None:
         """Take up what an earlier ``prepare`` decided: a projector of the same shape, on the CPU, to be given its
         state. One of that shape that is there already stays, with its state."""
-        plan = tuple(FeaturePlan(**pair) for pair in data)
+        plan = tuple(FeaturePlan(**{**d, "tokens": SharedTokens.from_json(d.get("tokens"))}) for d in data)
         if self._projectors is None or plan != self.plan:
             self._make(plan)
 
@@ -202,14 +250,12 @@ class ProjectedFeatures(Objective):
             raise RuntimeError(f"{type(self).__name__} is not prepared: call Distillation.prepare first.")
         learned = hidden_states_of(evidence.student, "student")
         taught = hidden_states_of(evidence.teacher, "teacher")
-        rows = evidence.rows
-        for pair in self.plan:
-            student, teacher = learned[pair.student_layer + 1], taught[pair.teacher_layer + 1]
-            _check_rows(student, teacher, rows, pair.student_layer, pair.teacher_layer)
-        projected = self._wrapped([_counted(learned[pair.student_layer + 1], rows) for pair in self.plan])
+        compared = [pair.states(learned, taught) for pair in self.plan]
+        counts = [pair.rows(evidence.rows, state) for pair, (state, _) in zip(self.plan, compared, strict=True)]
+        projected = self._wrapped([_counted(state, rows) for (state, _), rows in zip(compared, counts, strict=True)])
         losses = []
-        for index, (pair, guess) in enumerate(zip(self.plan, projected, strict=True)):
-            goal = _counted(taught[pair.teacher_layer + 1], rows).detach().to(guess.dtype)
+        for index, (guess, (_, state), rows) in enumerate(zip(projected, compared, counts, strict=True)):
+            goal = _counted(state, rows).detach().to(guess.dtype)
             error = (guess - self._normalised(index, goal)).square().mean(-1)
             if rows is None:
                 losses.append(error.mean())
@@ -240,20 +286,18 @@ def _counted(states: Tensor, rows: Tensor | None) -> Tensor:
     return states if rows is None else states.masked_fill((rows == 0)[..., None], 0.0)
 
 
-def _rows_of(batches: Sequence[Evidence], layer: int) -> Iterator[Tensor]:
+def _rows_of(batches: Sequence[Evidence], pair: FeaturePlan) -> Iterator[Tensor]:
+    """The teacher's rows (n, E_T) that count, of the tokens that are compared."""
     for batch in batches:
-        states = hidden_states_of(batch.teacher, "teacher")[layer + 1]
-        yield states.flatten(0, 1) if batch.rows is None else states[batch.rows > 0]
+        states = hidden_states_of(batch.teacher, "teacher")[pair.teacher_layer + 1]
+        rows = batch.rows
+        if pair.tokens is not None:
+            states, rows = pair.tokens.teacher_states(states), pair.tokens.rows(rows)
+        yield states.flatten(0, 1) if rows is None else states[rows > 0]
 
 
-def _check_rows(student: Tensor, teacher: Tensor, rows: Tensor | None, s: int, t: int) -> None:
-    if student.shape[:2] != teacher.shape[:2]:
-        raise ValueError(
-            f"hidden states of student layer {s} {tuple(student.shape)} and teacher layer {t} {tuple(teacher.shape)} "
-            "differ in samples or tokens: expected the same tokens in both models."
-        )
-    if rows is not None and rows.shape != student.shape[:2]:
-        raise ValueError(
-            f"rows {tuple(rows.shape)} do not fit hidden states {tuple(student.shape)}: expected one for each token, "
-            f"{tuple(student.shape[:2])}."
-        )
+def _difference(s: int, t: int, student: Tensor, teacher: Tensor) -> str:
+    return (
+        f"hidden states of student layer {s} {tuple(student.shape)} and teacher layer {t} {tuple(teacher.shape)} "
+        "differ in samples or tokens"
+    )

@@ -142,17 +142,18 @@ class Augmentation:
 
 
 @contextmanager
-def seeded(seed: int, indices: Sequence[int]) -> Iterator[None]:
-    """Random numbers of torch, numpy and Python that depend on these alone; afterwards all go on as if nothing was.
+def seeded(seed: int, epoch: int, indices: Sequence[int]) -> Iterator[None]:
+    """Random numbers of torch (on the CPU), numpy and Python that depend on these alone; afterwards all go on as if
+    nothing was.
 
-    What happens to a batch depends on which samples are in it, not on what was drawn before: a resumed run sees the
-    images that an undisturbed one sees, and so does every set of objectives with the same data order.
+    What happens to a batch depends on the epoch and on which samples are in it, not on what was drawn before: a resumed
+    run sees the images that an undisturbed one sees, and so does every set of objectives with the same data order.
     """
-    text = f"{seed}:{','.join(map(str, indices))}"
+    text = f"{seed}:{epoch}:{','.join(map(str, indices))}"
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(number)
+        torch.random.default_generator.manual_seed(number)  # torch.manual_seed would set accelerators' too
         random.seed(number)
         np.random.seed(number)
         try:

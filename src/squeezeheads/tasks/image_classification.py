@@ -177,7 +177,7 @@ class ImageClassification(Task):
         images = [sample.pixels for sample in samples]
         if not samples[0].training:
             return {"pixel_values": self.view.normalisation(self.view.unit(images)), "labels": labels}
-        with seeded(self.split_seed, [sample.index for sample in samples]):
+        with seeded(self.split_seed, samples[0].epoch, [sample.index for sample in samples]):
             return self._augmented(images, labels)
 
     def _augmented(self, images: Sequence[np.ndarray[Any, Any]], labels: Tensor) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
-from squeezeheads.tasks.images import SplitPlan, read_images
+from squeezeheads.tasks.images import SplitPlan, evenly, read_images
 from squeezeheads.tasks.modeling import check_count, similar
 from squeezeheads.tasks.square_images import SquareImages
 
@@ -97,13 +97,13 @@ class SamplingSpec:
     batch_size: int = 64
     """Images generated at a time; the images do not depend on it."""
     images: int = 1000
-    """Images generated for the metrics, evenly over the classes, compared with as many of the test split; 0 leaves
-    those metrics out."""
+    """Images generated for the metrics, evenly over the classes, compared with as many of the test split, likewise
+    evenly; 0 leaves those metrics out."""
     features: str = "pixels"
     """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
     transformers."""
     inception: bool = False
-    """Also FID and Inception score, where torch-fidelity and its weights are installed."""
+    """Also FID, sFID and Inception score, where torch-fidelity and its weights are installed."""
     grid_every: int = 0
     """Steps of training between grids of samples under figures/training; 0 draws one at the end alone."""
     grid_columns: int = 8
@@ -169,7 +169,7 @@ class ImageGeneration(Task):
     def columns(self) -> tuple[str, ...]:
         measured = ("frechet_distance", "precision", "recall") if self.sampling.images else ()
         accuracy = ("class_accuracy",) if self.sampling.images and self.classifier else ()
-        inception = ("fid", "inception_score") if self.sampling.images and self.sampling.inception else ()
+        inception = ("fid", "sfid", "inception_score") if self.sampling.images and self.sampling.inception else ()
         return (self.metric, *measured, *accuracy, *inception)
 
     # -- data --------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ class ImageGeneration(Task):
         self._shape: tuple[int, int] = (channels, size)
         self._levels = found["train"].white + 1
         squares = {id(part.images): SquareImages(part.images, channels, size) for part in parts.values()}
-        self._test_pixels = (squares[id(parts["test"].images)], [int(i) for i in parts["test"].indices])
+        self._test_pixels = (squares[id(parts["test"].images)], evenly(parts["test"]))
         encoded = {key: self._encoded(images) for key, images in squares.items()}
         splits = []
         for name, seed in (("train", 0), ("validation", MEASURE_SEED), ("test", MEASURE_SEED)):
@@ -328,9 +328,11 @@ class ImageGeneration(Task):
         from squeezeheads.diffusion.denoiser import load_config
 
         try:
-            return load_config(path)[0]
+            config = load_config(path)[0]
         except (OSError, ImportError, ValueError) as error:
             raise RecipeError(f"{key}={path!r} cannot be loaded: {error}") from error
+        self.check_companions(path, f"{key}={path!r}")
+        return config
 
     def check_model(self, config: Any, whose: str) -> None:
         """Whether a model is for images of this size, these channels and these classes."""
@@ -380,6 +382,29 @@ class ImageGeneration(Task):
     def save_companions(self, folder: Path, source: str | None = None) -> None:
         """The noise schedule of training, which samplers are made from."""
         self._scheduler.save_pretrained(folder / "scheduler")
+
+    def check_companions(self, path: str, whose: str) -> None:
+        """Whether a model was trained on the recipe's noise schedule, where one lies beside it: what it predicts on
+        another's images means nothing, and nothing would fail."""
+        from squeezeheads.diffusion.denoiser import load_schedule
+
+        try:
+            theirs = load_schedule(path)
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise RecipeError(f"{whose}: its noise schedule cannot be read: {error}") from error
+        if theirs is None:
+            return
+        if theirs.config.prediction_type != "epsilon":
+            raise RecipeError(
+                f"{whose} predicts {theirs.config.prediction_type}: expected a model that predicts noise."
+            )
+        mine = self._scheduler
+        if theirs.betas.shape != mine.betas.shape or not torch.allclose(theirs.betas, mine.betas, rtol=1e-3, atol=0):
+            raise RecipeError(
+                f"{whose} was trained with another noise schedule, {_schedule(theirs)}; the recipe's is "
+                f"{_schedule(mine)}. Set steps, schedule, beta_start and beta_end of task.image_generation.diffusion "
+                "as the model has them."
+            )
 
     @property
     def _pixels(self) -> bool:
@@ -465,6 +490,14 @@ class ImageGeneration(Task):
         columns = self.sampling.grid_columns
         labels = torch.arange(min(self._classes, 10)).repeat_interleave(columns)
         sample_grid(self.generate(model, labels), columns, file)
+
+
+def _schedule(scheduler: DDPMScheduler) -> str:
+    options = scheduler.config
+    if options.trained_betas is not None:
+        return f"{options.num_train_timesteps} steps of its own"
+    ends = "" if options.beta_schedule == "squaredcos_cap_v2" else f" from {options.beta_start} to {options.beta_end}"
+    return f"{options.num_train_timesteps} steps, {options.beta_schedule}{ends}"
 
 
 def _check_kernel(attn_implementation: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -86,7 +87,7 @@ class View:
     def __init__(self, processor: Any, channels: int, white: int) -> None:
         self.processor, self.channels, self.white = processor, channels, white
         self.normalisation = normalisation_of(processor).for_channels(channels, "the image processor")
-        self.size = _result_size(processor)
+        self.size = _result_size(processor, channels)
 
     def unit(self, images: Sequence[Pixels]) -> Tensor:
         """Stored images (C, H, W) → (B, C, size, size), float32, 0 to 1: resized and cropped, not yet normalised."""
@@ -116,12 +117,23 @@ def _as_transformers(data: Mapping[str, Any]) -> Any:
     )
 
 
-def _result_size(processor: Any) -> int:
-    given = processor.crop_size if getattr(processor, "do_center_crop", False) else processor.size
-    height, width = (getattr(given, side, None) for side in ("height", "width"))
-    if height is None or height != width:
+def _result_size(processor: Any, channels: int) -> int:
+    """By what it makes of a wide and of a high image: processors name and use their sizes in different ways."""
+    shapes = []
+    for shape in ((channels, 40, 60), (channels, 60, 40)):
+        done = processor(
+            images=[np.zeros(shape, np.uint8)],
+            do_rescale=False,
+            do_normalize=False,
+            return_tensors="pt",
+            input_data_format="channels_first",
+        )
+        shapes.append(tuple(done["pixel_values"].shape[-2:]))
+    (height, width), other = shapes
+    if height != width or other != (height, width):
         raise RecipeError(
-            f"{type(processor).__name__} makes images of {given}: expected squares of one size, so that a batch can be "
-            "stacked. Set size or crop_size in its preprocessor_config.json."
+            f"{type(processor).__name__} makes images of {height} × {width} and of {other[0]} × {other[1]} out of "
+            "40 × 60 and 60 × 40: expected squares of one size, so that a batch can be stacked. Set size or crop_size "
+            "in its preprocessor_config.json."
         )
     return int(height)

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from squeezeheads.epochs import SharedEpoch
 from squeezeheads.errors import RecipeError
 
 DIGITS = "digits"
@@ -309,6 +310,18 @@ class Part:
         return digest.hexdigest()
 
 
+def evenly(part: Part) -> list[int]:
+    """A part's indices, the first image of each class before the second of any: however many are taken from the front,
+    they are spread over the classes. A folder of images is sorted by class."""
+    labels = part.images.labels[part.indices]
+    counts = np.zeros(len(part.images.classes), dtype=np.int64)
+    ranks = np.empty(len(labels), dtype=np.int64)
+    for place, label in enumerate(labels):
+        ranks[place] = counts[label]
+        counts[label] += 1
+    return [int(index) for index in part.indices[np.lexsort((labels, ranks))]]
+
+
 @dataclass
 class SplitPlan:
     """How a source becomes three splits; the meaning of the fields stands at ``ImageClassification``."""
@@ -380,6 +393,8 @@ class Sample:
     """Place in its source."""
     training: bool
     """Whether augmentation applies."""
+    epoch: int = 0
+    """In which it is seen."""
 
 
 class Samples(Sequence[Any]):
@@ -393,6 +408,11 @@ class Samples(Sequence[Any]):
 
     def __init__(self, part: Part, channels: int, training: bool) -> None:
         self.part, self._channels, self._training = part, channels, training
+        self._epoch = SharedEpoch()
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on samples are those of this epoch."""
+        self._epoch.set(epoch)
 
     def __len__(self) -> int:
         return len(self.part.indices)
@@ -400,7 +420,7 @@ class Samples(Sequence[Any]):
     def __getitem__(self, position: Any) -> Any:
         index = int(self.part.indices[position])
         pixels = self.part.images.image(index, self._channels)
-        return Sample(pixels, int(self.part.images.labels[index]), index, self._training)
+        return Sample(pixels, int(self.part.images.labels[index]), index, self._training, int(self._epoch))
 
 
 __all__ = [
@@ -413,6 +433,7 @@ __all__ = [
     "Sample",
     "Samples",
     "SplitPlan",
+    "evenly",
     "read_idx",
     "read_images",
 ]

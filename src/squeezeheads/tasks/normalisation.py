@@ -76,7 +76,18 @@ class _Renormalise:
 
 
 def normalisation_of(processor: Any) -> Normalisation:
-    """What an image processor does after scaling pixels to 0 … 1: nothing, where it is told not to."""
+    """What an image processor does after scaling pixels to 0 … 1: nothing, where it is told not to.
+
+    Raises:
+        RecipeError: it does what no mean and standard deviation say.
+    """
+    for option, usual in (("do_rescale", True), ("rescale_offset", False), ("do_flip_channel_order", False)):
+        given = getattr(processor, option, None)
+        if given is not None and given != usual:
+            raise RecipeError(
+                f"{type(processor).__name__} has {option}={given}: models get pixels from 0 to 1 here, in the order "
+                "red, green, blue, less a mean and divided by a standard deviation. Choose another pretrained model."
+            )
     if not getattr(processor, "do_normalize", True):
         return Normalisation((0.0,), (1.0,))
     mean, std = (v if isinstance(v, list | tuple) else [v] for v in (processor.image_mean, processor.image_std))
