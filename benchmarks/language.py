@@ -74,7 +74,12 @@ STUDY = SettingsStudy(
     settings={
         "stdlib": Setting(DESIGN, "test loss, nats per byte", bench("stdlib", 800)),
         "speeches": Setting(
-            replace(DESIGN, variants={"SHD without logit KD": "SHD similar least_squares"}, further=()),
+            replace(
+                DESIGN,
+                variants={"SHD without logit KD": "SHD similar least_squares"},
+                further=(),
+                equal_time=("no teacher", "logit KD", "FitNets", "VkD"),
+            ),
             "test loss, nats per token",
             bench("speeches", 800),
             tuned_by="stdlib",

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiTPipeline, 
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 from squeezeheads import PredictionMatching, SqueezedHeads, TaskLoss
 from squeezeheads.cli import main
@@ -39,6 +39,7 @@ from squeezeheads.recipe import load_recipe
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
 from squeezeheads.tasks.image_generation import DiffusionSpec, SamplingSpec
+from squeezeheads.trainer import SqueezeTrainer
 from test_diffusion import batch, denoiser, mdt, trainer
 from tiny import classifier, write_recipe
 
@@ -769,3 +770,39 @@ def test_new_models_of_both_kinds_start_at_the_source_s_initialisation():
                                         "num_layers", "sample_size", "patch_size", "num_embeds_ada_norm")}  # fmt: skip
         model = Denoiser(build_model(DenoiserConfig(kind, {**keep, **more})))
         assert (model(**batch()).logits == 0).all()
+
+
+@pytest.mark.slow
+def test_an_mdt_that_trained_shortly_on_digits_draws_what_it_is_asked_for(tmp_path):
+    """1.5 minutes of one core. At a third of the rate, or of the steps, labels are hardly heard yet."""
+    from sklearn.datasets import load_digits
+    from sklearn.svm import SVC
+
+    digits = load_digits()
+    judge = SVC(gamma=0.001).fit(digits.data, digits.target)
+    labels = torch.arange(200) % 10
+
+    def accuracy(images):
+        return float((judge.predict(16 * images.flatten(1).numpy()) == labels.numpy()).mean())
+
+    task = ImageGeneration(
+        diffusion=DiffusionSpec(schedule="squaredcos_cap_v2", learned_variance=False),
+        sampling=SamplingSpec(steps=30, guidance=2.0, images=200),
+    )
+    splits = task.load_data(Pretrained({"teacher": None}))
+    shape = {"num_attention_heads": 4, "attention_head_dim": 16, "num_layers": 4, "num_decoder_layers": 2}
+    torch.manual_seed(0)
+    model = task.build(task.new_config({"model_type": "mdt", "patch_size": 2, **shape}, "student.config"), "sdpa")
+    before = accuracy(task.generate(model, labels))
+    data = task.training_data(splits.train, model, seed=0)
+    args = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=900, per_device_train_batch_size=64, learning_rate=4e-3, warmup_steps=50,
+        weight_decay=0.0, report_to="none", save_strategy="no", use_cpu=True, remove_unused_columns=False, seed=0,
+    )  # fmt: skip
+    SqueezeTrainer(
+        model=model, args=args, objectives={"task": TaskLoss()}, train_dataset=data.samples, data_collator=data.collate,
+        passes=data.passes, callbacks=data.callbacks,
+    ).train()  # fmt: skip
+    noise = accuracy(torch.rand(200, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert max(before, noise) < 0.2
+    assert accuracy(task.generate(model, labels)) > 0.6
