@@ -127,6 +127,21 @@ def test_damaged_idx_files_are_named(tmp_path, harm, message):
         task(tmp_path)
 
 
+@pytest.mark.parametrize("place", [12, -6])
+def test_damaged_gzip_is_named(tmp_path, place):
+    """In the compressed data, and in its check sum."""
+    for part, count in (("train", 40), ("t10k", 12)):
+        pixels, labels = arrays(count, count)
+        idx(tmp_path / f"{part}-images-idx3-ubyte.gz", pixels)
+        idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
+    file = tmp_path / "t10k-images-idx3-ubyte.gz"
+    data = bytearray(file.read_bytes())
+    data[place] ^= 0xFF
+    file.write_bytes(bytes(data))
+    with pytest.raises(RecipeError, match="t10k-images-idx3-ubyte.gz: cannot be read"):
+        task(tmp_path)
+
+
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not here: make assets-data")
 def test_fashion_mnist():
     made, splits = task(FASHION, validation_size=5000, max_train=1000)
@@ -182,6 +197,34 @@ def test_saved_data_set_and_its_columns(tmp_path):
     assert made.data_config()["id2label"] == {0: "a", 1: "b"}
     with pytest.raises(RecipeError, match="image_column='picture'"):
         task(tmp_path / "two", image_column="picture")
+
+
+def test_splits_that_number_classes_differently_are_named(tmp_path):
+    """The test split would be measured by the training split's numbers."""
+    splits = {}
+    for name, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": [Image.new("L", (8, 8), i) for i in range(12)], "label": [i % 2 for i in range(12)]}
+        splits[name] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(
+        RecipeError, match="split test has the classes dog, cat, split train cat, dog: expected the sam"
+    ):
+        task(tmp_path / "set")
+
+
+def test_models_that_number_classes_differently_are_named(tmp_path):
+    """By the same names in another order; other names tell nothing."""
+    pictures(tmp_path / "all", per_class=10)
+    made, _ = task(tmp_path / "all")
+    config = made.new_config({"model_type": "vit", "num_attention_heads": 3, "hidden_size": 24, "patch_size": 2}, "s")
+    assert config.id2label == {0: "cat", 1: "dog"}
+    made.check_model(config, "student")
+    config.id2label = {0: "n02084071", 1: "n02121808"}
+    made.check_model(config, "teacher")
+    config.id2label = {0: "dog", 1: "cat"}
+    with pytest.raises(RecipeError, match="teacher numbers .* class 0 is 'dog' to it, and 'cat' in the data"):
+        made.check_model(config, "teacher")
 
 
 def test_hub_data_set(tmp_path, monkeypatch):

@@ -212,6 +212,14 @@ class ImageClassification(Task):
                 "and id2label out of a new model's config, or choose a model that was trained for these classes; with "
                 "new_head: true a pretrained one gets a new classifier."
             )
+        theirs = [str(config.id2label.get(number)) for number in range(config.num_labels)]
+        if theirs != self._classes and sorted(theirs) == sorted(self._classes):
+            first = next(number for number in range(len(theirs)) if theirs[number] != self._classes[number])
+            raise RecipeError(
+                f"{whose} numbers the same classes in another order than the data: class {first} is {theirs[first]!r} "
+                f"to it, and {self._classes[first]!r} in the data. Give the data the model's order (ClassLabel names "
+                "of a data set), or choose another model."
+            )
         channels = getattr(config, "num_channels", None)
         if channels is not None and channels != self.view.channels:
             raise RecipeError(

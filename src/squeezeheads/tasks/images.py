@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import re
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +205,7 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     header = 4 + 4 * dimensions
     # Two zeros, 8 for unsigned bytes, the number of dimensions; then each dimension, big-endian.
@@ -275,7 +276,17 @@ def _of_data_sets(
         found[name] = DataSetImages(labels, list(feature.names), data.select_columns([image]), image, source)
     if "train" not in found:
         raise RecipeError(f"data={source!r}: no split train, only {', '.join(splits)}.")
+    for name, images in found.items():
+        if images.classes != found["train"].classes:
+            raise RecipeError(
+                f"data={source!r}: split {name} has the classes {_listed(images.classes)}, split train "
+                f"{_listed(found['train'].classes)}: expected the same, in the same order."
+            )
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f", … ({len(names)})" if len(names) > 5 else "")
 
 
 def _column(data: Any, kind: type, given: str | None, key: str, source: str) -> str:
