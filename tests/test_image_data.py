@@ -29,6 +29,8 @@ from transformers import (
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.image_metrics import ImageModel
+from squeezeheads.preflight import Models, check_models
+from squeezeheads.recipe import load_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
 from squeezeheads.tasks.augmentation import Augmentation
 from squeezeheads.tasks.image_processing import own_processor
@@ -456,6 +458,32 @@ def test_a_new_head_for_other_classes(recipe, tmp_path, capsys):  # noqa: F811
     assert "new_head: true" in capsys.readouterr().err
     assert main(["distill", recipe(**options, task__image_classification__new_head=True)]) == 0
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "teacher").config.num_labels == 10
+
+
+@pytest.mark.parametrize("missing", ["other classes", "no head"])
+def test_a_teacher_of_random_predictions_is_refused(recipe, tmp_path, capsys, missing):  # noqa: F811
+    """A new classifier that nothing trains may teach attention, not predictions."""
+    model = pretrained(tmp_path / "teacher", 6, mean=None, num_labels=7 if missing == "other classes" else 10)
+    if missing == "no head":
+        model.vit.save_pretrained(tmp_path / "teacher")
+    options = {
+        "teacher": {"path": str(tmp_path / "teacher")}, "seeds": [0], "baselines": {},
+        "task__image_classification__new_head": missing == "other classes",
+    }  # fmt: skip
+    logits = {"objectives": {"task": {}, "logits": {}}}
+    assert main(["distill", recipe(**options, **logits)]) == 2
+    error = capsys.readouterr().err
+    assert "teacher.path: classifier.weight, classifier.bias are not in it" in error and "objectives.logits" in error
+    baselines = {"objectives": {"task": {}}, "baselines": {"KD": {"logits": {}}}}
+    assert main(["distill", recipe(**{**options, **baselines})]) == 2
+    assert "baselines.KD.logits learns from what it predicts" in capsys.readouterr().err
+    attention = {"objectives": {"task": {}, "attention": {"calibration_batches": 1}}}
+    check_models(*models_and_splits(load_recipe(recipe(**options, **attention))))
+
+
+def models_and_splits(loaded):
+    splits = loaded.chosen_task.load_data(Pretrained({name: t.path for name, t in loaded.named_teachers.items()}))
+    return Models(loaded.chosen_task, loaded), loaded, splits
 
 
 def test_channels_that_do_not_fit_are_named(recipe, tmp_path, capsys):  # noqa: F811

@@ -246,21 +246,26 @@ class ImageClassification(Task):
         return super().build(config, attn_implementation, dtype)
 
     def load(self, path: str, attn_implementation: str = "sdpa", dtype: str = "float32") -> PreTrainedModel:
-        """As every task's; a model whose own normalisation is another than the batch's converts its inputs."""
+        """As every task's; a model whose own normalisation is another than the batch's converts its inputs. Its
+        ``fresh_weights`` are the names of those that the folder does not hold, a new classifier's."""
         options: dict[str, Any] = {}
         if self.new_head:
             from transformers import AutoConfig
 
             config = self.adapt_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
             options = {"config": config, "ignore_mismatched_sizes": True}
-        model = self.auto_class.from_pretrained(
+        model, found = self.auto_class.from_pretrained(
             path,
             attn_implementation=attn_implementation,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
+        other = (name for name, *_ in found.get("mismatched_keys", ()))
+        fresh = {*found.get("missing_keys", ()), *other}
+        model.fresh_weights = [name for name, _ in model.named_parameters() if name in fresh]
         processor = own_processor(path)
         if processor is None:
             return model
