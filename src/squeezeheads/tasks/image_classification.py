@@ -18,7 +18,7 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.augmentation import Augmentation, erase, mix, seeded, smoothed
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.image_processing import View, new_processor, own_processor
-from squeezeheads.tasks.images import DIGITS, HUB, Sample, Samples, SplitPlan, read_images
+from squeezeheads.tasks.images import DIGITS, HUB, Sample, Samples, SplitPlan, check_class_order, read_images
 from squeezeheads.tasks.normalisation import normalisation_of, renormalise_inputs
 from squeezeheads.tasks.timm_models import MODEL_TYPE, fit_to_images, to_timm_format
 
@@ -212,14 +212,7 @@ class ImageClassification(Task):
                 "and id2label out of a new model's config, or choose a model that was trained for these classes; with "
                 "new_head: true a pretrained one gets a new classifier."
             )
-        theirs = [str(config.id2label.get(number)) for number in range(config.num_labels)]
-        if theirs != self._classes and sorted(theirs) == sorted(self._classes):
-            first = next(number for number in range(len(theirs)) if theirs[number] != self._classes[number])
-            raise RecipeError(
-                f"{whose} numbers the same classes in another order than the data: class {first} is {theirs[first]!r} "
-                f"to it, and {self._classes[first]!r} in the data. Give the data the model's order (ClassLabel names "
-                "of a data set), or choose another model."
-            )
+        check_class_order(config, self._classes, whose)
         channels = getattr(config, "num_channels", None)
         if channels is not None and channels != self.view.channels:
             raise RecipeError(

@@ -303,6 +303,26 @@ def _column(data: Any, kind: type, given: str | None, key: str, source: str) -> 
     return fitting[0]
 
 
+def check_class_order(config: Any, classes: Sequence[str], whose: str) -> None:
+    """Whether a classifier numbers classes as the data does, as far as names tell: other names tell nothing.
+
+    Args:
+        config: the model's, for as many classes.
+        classes: the data's.
+
+    Raises:
+        RecipeError: the same names in another order; names ``whose``.
+    """
+    theirs = [str(config.id2label.get(number)) for number in range(len(classes))]
+    if theirs != list(classes) and sorted(theirs) == sorted(classes):
+        first = next(number for number, name in enumerate(theirs) if name != classes[number])
+        raise RecipeError(
+            f"{whose} numbers the same classes in another order than the data: class {first} is {theirs[first]!r} to "
+            f"it, and {classes[first]!r} in the data. Give the data the model's order (ClassLabel names of a data "
+            "set), or choose another model."
+        )
+
+
 # -- splits ----------------------------------------------------------------------------------------------------------
 
 
@@ -444,6 +464,7 @@ __all__ = [
     "Sample",
     "Samples",
     "SplitPlan",
+    "check_class_order",
     "evenly",
     "read_idx",
     "read_images",
