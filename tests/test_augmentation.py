@@ -259,6 +259,14 @@ def test_a_run_with_all_that_torch_alone_can_do(recipe):  # noqa: F811
     )
 
 
+def test_rand_augment_is_given_what_is_seen(monkeypatch):
+    """Bytes, brighter than white is white, and the same back."""
+    monkeypatch.setattr(Augmentation, "rand_augmenter", lambda self, fill: lambda picture: picture.rotate(180))
+    image = torch.tensor([0.0, 0.25, 1.0, 1.1875]).view(1, 2, 2).expand(3, 2, 2)
+    (found,) = Augmentation(rand_augment="rand-m9").rand_augmented([image], 0.5)
+    torch.testing.assert_close(found, image.clamp(0, 1).flip(1, 2), rtol=0, atol=0.5 / 255)
+
+
 @pytest.mark.skipif(importlib.util.find_spec("timm") is not None, reason="timm is here")
 def test_missing_timm_is_named_before_anything(recipe, tmp_path, capsys):  # noqa: F811
     change = {"task__image_classification__augmentation": {"rand_augment": "rand-m9-mstd0.5-inc1"}}

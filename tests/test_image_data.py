@@ -29,6 +29,8 @@ from transformers import (
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.image_metrics import ImageModel
+from squeezeheads.preflight import Models, check_models
+from squeezeheads.recipe import load_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
 from squeezeheads.tasks.augmentation import Augmentation
 from squeezeheads.tasks.image_processing import own_processor
@@ -127,6 +129,21 @@ def test_damaged_idx_files_are_named(tmp_path, harm, message):
         task(tmp_path)
 
 
+@pytest.mark.parametrize("place", [12, -6])
+def test_damaged_gzip_is_named(tmp_path, place):
+    """In the compressed data, and in its check sum."""
+    for part, count in (("train", 40), ("t10k", 12)):
+        pixels, labels = arrays(count, count)
+        idx(tmp_path / f"{part}-images-idx3-ubyte.gz", pixels)
+        idx(tmp_path / f"{part}-labels-idx1-ubyte.gz", labels)
+    file = tmp_path / "t10k-images-idx3-ubyte.gz"
+    data = bytearray(file.read_bytes())
+    data[place] ^= 0xFF
+    file.write_bytes(bytes(data))
+    with pytest.raises(RecipeError, match="t10k-images-idx3-ubyte.gz: cannot be read"):
+        task(tmp_path)
+
+
 @pytest.mark.skipif(not FASHION.is_dir(), reason="Fashion-MNIST is not here: make assets-data")
 def test_fashion_mnist():
     made, splits = task(FASHION, validation_size=5000, max_train=1000)
@@ -182,6 +199,34 @@ def test_saved_data_set_and_its_columns(tmp_path):
     assert made.data_config()["id2label"] == {0: "a", 1: "b"}
     with pytest.raises(RecipeError, match="image_column='picture'"):
         task(tmp_path / "two", image_column="picture")
+
+
+def test_splits_that_number_classes_differently_are_named(tmp_path):
+    """The test split would be measured by the training split's numbers."""
+    splits = {}
+    for name, names in (("train", ["cat", "dog"]), ("test", ["dog", "cat"])):
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=names)})
+        rows = {"image": [Image.new("L", (8, 8), i) for i in range(12)], "label": [i % 2 for i in range(12)]}
+        splits[name] = datasets.Dataset.from_dict(rows, features=features)
+    datasets.DatasetDict(splits).save_to_disk(str(tmp_path / "set"))
+    with pytest.raises(
+        RecipeError, match="split test has the classes dog, cat, split train cat, dog: expected the sam"
+    ):
+        task(tmp_path / "set")
+
+
+def test_models_that_number_classes_differently_are_named(tmp_path):
+    """By the same names in another order; other names tell nothing."""
+    pictures(tmp_path / "all", per_class=10)
+    made, _ = task(tmp_path / "all")
+    config = made.new_config({"model_type": "vit", "num_attention_heads": 3, "hidden_size": 24, "patch_size": 2}, "s")
+    assert config.id2label == {0: "cat", 1: "dog"}
+    made.check_model(config, "student")
+    config.id2label = {0: "n02084071", 1: "n02121808"}
+    made.check_model(config, "teacher")
+    config.id2label = {0: "dog", 1: "cat"}
+    with pytest.raises(RecipeError, match="teacher numbers .* class 0 is 'dog' to it, and 'cat' in the data"):
+        made.check_model(config, "teacher")
 
 
 def test_hub_data_set(tmp_path, monkeypatch):
@@ -413,6 +458,32 @@ def test_a_new_head_for_other_classes(recipe, tmp_path, capsys):  # noqa: F811
     assert "new_head: true" in capsys.readouterr().err
     assert main(["distill", recipe(**options, task__image_classification__new_head=True)]) == 0
     assert AutoModelForImageClassification.from_pretrained(tmp_path / "run" / "teacher").config.num_labels == 10
+
+
+@pytest.mark.parametrize("missing", ["other classes", "no head"])
+def test_a_teacher_of_random_predictions_is_refused(recipe, tmp_path, capsys, missing):  # noqa: F811
+    """A new classifier that nothing trains may teach attention, not predictions."""
+    model = pretrained(tmp_path / "teacher", 6, mean=None, num_labels=7 if missing == "other classes" else 10)
+    if missing == "no head":
+        model.vit.save_pretrained(tmp_path / "teacher")
+    options = {
+        "teacher": {"path": str(tmp_path / "teacher")}, "seeds": [0], "baselines": {},
+        "task__image_classification__new_head": missing == "other classes",
+    }  # fmt: skip
+    logits = {"objectives": {"task": {}, "logits": {}}}
+    assert main(["distill", recipe(**options, **logits)]) == 2
+    error = capsys.readouterr().err
+    assert "teacher.path: classifier.weight, classifier.bias are not in it" in error and "objectives.logits" in error
+    baselines = {"objectives": {"task": {}}, "baselines": {"KD": {"logits": {}}}}
+    assert main(["distill", recipe(**{**options, **baselines})]) == 2
+    assert "baselines.KD.logits learns from what it predicts" in capsys.readouterr().err
+    attention = {"objectives": {"task": {}, "attention": {"calibration_batches": 1}}}
+    check_models(*models_and_splits(load_recipe(recipe(**options, **attention))))
+
+
+def models_and_splits(loaded):
+    splits = loaded.chosen_task.load_data(Pretrained({name: t.path for name, t in loaded.named_teachers.items()}))
+    return Models(loaded.chosen_task, loaded), loaded, splits
 
 
 def test_channels_that_do_not_fit_are_named(recipe, tmp_path, capsys):  # noqa: F811

@@ -714,6 +714,10 @@ def test_a_classifier_judges_generated_images(tmp_path):
     module = ImageModel(str(tmp_path / "judge"), classifies=False)
     expected = frechet_distance(features_of(module, real, 20), features_of(module, images, 20))
     assert metrics["frechet_distance"] == pytest.approx(expected, rel=1e-4)
+    names = {number: str((number + 1) % 10) for number in range(10)}
+    classifier(3, id2label=names, num_labels=10).save_pretrained(tmp_path / "judge")
+    with pytest.raises(RecipeError, match="classifier=.*class 0 is '1' to it, and '0' in the data"):
+        task.measure(model, splits.test, 10)
     classifier(3, num_labels=4).save_pretrained(tmp_path / "judge")
     with pytest.raises(RecipeError, match="tells 4 classes apart, the data has 10"):
         task.measure(model, splits.test, 10)

@@ -207,6 +207,8 @@ def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
             f"a model cannot be loaded or built: {in_short(error)} Attention is recorded under "
             'attn_implementation="sdpa" alone.'
         ) from error
+    for name, teacher in teachers.items():
+        _check_trained(name, teacher, recipe)
     _check_saving(task, student, recipe.student.attn_implementation, "student", recipe.student.path)
     for name, teacher in teachers.items():
         spec = recipe.named_teachers[name]
@@ -240,6 +242,25 @@ def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
             raise RecipeError(f"{where}: {_told(error)}") from error
         finally:
             student.zero_grad(set_to_none=True)
+
+
+def _check_trained(name: str, teacher: PreTrainedModel, recipe: Recipe) -> None:
+    """
+    Raises:
+        RecipeError: a teacher whose predictions are random: a new classifier that nothing trains.
+    """
+    fresh = getattr(teacher, "fresh_weights", [])
+    if not fresh or recipe.named_teachers[name].training is not None:
+        return
+    for arm, objectives in recipe.arms.items():
+        for key, objective in objectives.items():
+            if "teacher_logits" in objective.needs and objective.teacher in (None, name):
+                where = "objectives" if arm == DISTILLED else f"baselines.{arm}"
+                raise RecipeError(
+                    f"{recipe.teacher_key(name)}.path: {', '.join(fresh[:3])} are not in it and would be random, and "
+                    f"{where}.{key} learns from what it predicts. Give the teacher `training`, name one that was "
+                    f"trained for these classes, or leave {key} out."
+                )
 
 
 # What recording, objectives and models raise where they do not fit: other libraries' models among them.

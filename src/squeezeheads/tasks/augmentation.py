@@ -119,7 +119,8 @@ class Augmentation:
         augment = self.rand_augmenter(fill)
         changed = []
         for image in images:
-            pixels = (image * 255).round().to(torch.uint8).permute(1, 2, 0).numpy()
+            # Where images of few levels were enlarged, some pixels are brighter than white.
+            pixels = (image * 255).round().clamp(0, 255).to(torch.uint8).permute(1, 2, 0).numpy()
             done = np.asarray(augment(Image.fromarray(pixels)))
             changed.append(torch.from_numpy(done.copy()).permute(2, 0, 1).float() / 255)
         return changed

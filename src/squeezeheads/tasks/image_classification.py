@@ -18,7 +18,7 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.augmentation import Augmentation, erase, mix, seeded, smoothed
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.image_processing import View, new_processor, own_processor
-from squeezeheads.tasks.images import DIGITS, HUB, Sample, Samples, SplitPlan, read_images
+from squeezeheads.tasks.images import DIGITS, HUB, Sample, Samples, SplitPlan, check_class_order, read_images
 from squeezeheads.tasks.normalisation import normalisation_of, renormalise_inputs
 from squeezeheads.tasks.timm_models import MODEL_TYPE, fit_to_images, to_timm_format
 
@@ -212,6 +212,7 @@ class ImageClassification(Task):
                 "and id2label out of a new model's config, or choose a model that was trained for these classes; with "
                 "new_head: true a pretrained one gets a new classifier."
             )
+        check_class_order(config, self._classes, whose)
         channels = getattr(config, "num_channels", None)
         if channels is not None and channels != self.view.channels:
             raise RecipeError(
@@ -238,21 +239,26 @@ class ImageClassification(Task):
         return super().build(config, attn_implementation, dtype)
 
     def load(self, path: str, attn_implementation: str = "sdpa", dtype: str = "float32") -> PreTrainedModel:
-        """As every task's; a model whose own normalisation is another than the batch's converts its inputs."""
+        """As every task's; a model whose own normalisation is another than the batch's converts its inputs. Its
+        ``fresh_weights`` are the names of those that the folder does not hold, a new classifier's."""
         options: dict[str, Any] = {}
         if self.new_head:
             from transformers import AutoConfig
 
             config = self.adapt_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
             options = {"config": config, "ignore_mismatched_sizes": True}
-        model = self.auto_class.from_pretrained(
+        model, found = self.auto_class.from_pretrained(
             path,
             attn_implementation=attn_implementation,
             dtype=dtype,
             trust_remote_code=False,
             use_safetensors=True,
+            output_loading_info=True,
             **options,
         )
+        other = (name for name, *_ in found.get("mismatched_keys", ()))
+        fresh = {*found.get("missing_keys", ()), *other}
+        model.fresh_weights = [name for name, _ in model.named_parameters() if name in fresh]
         processor = own_processor(path)
         if processor is None:
             return model

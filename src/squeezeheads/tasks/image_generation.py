@@ -17,7 +17,7 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
-from squeezeheads.tasks.images import SplitPlan, evenly, read_images
+from squeezeheads.tasks.images import SplitPlan, check_class_order, evenly, read_images
 from squeezeheads.tasks.modeling import check_count, similar
 from squeezeheads.tasks.square_images import SquareImages
 
@@ -185,7 +185,8 @@ class ImageGeneration(Task):
         size = self.image_size or found["train"].own_size
         if size is None:
             raise RecipeError(f"data={self.data!r} has images of several sizes, or no squares: give image_size.")
-        self._classes = len(found["train"].classes)
+        self._class_names = found["train"].classes
+        self._classes = len(self._class_names)
         channels = found["train"].own_channels
         self._shape: tuple[int, int] = (channels, size)
         self._levels = found["train"].white + 1
@@ -461,6 +462,8 @@ class ImageGeneration(Task):
         model = ImageModel(path, classifies=classifies)
         if classifies and model.classes != self._classes:
             raise RecipeError(f"classifier={path!r} tells {model.classes} classes apart, the data has {self._classes}.")
+        if classifies:
+            check_class_order(model.model.config, self._class_names, f"classifier={path!r}")
         return model
 
     def pipeline(self, model: Any) -> ClassConditionalPipeline:

@@ -90,7 +90,8 @@ class View:
         self.size = _result_size(processor, channels)
 
     def unit(self, images: Sequence[Pixels]) -> Tensor:
-        """Stored images (C, H, W) → (B, C, size, size), float32, 0 to 1: resized and cropped, not yet normalised."""
+        """Stored images (C, H, W) → (B, C, size, size), float32, 0 to 1: resized and cropped, not yet normalised.
+        Images of fewer levels than bytes have may overshoot white where they are enlarged."""
         done = self.processor(
             images=list(images),
             do_rescale=False,

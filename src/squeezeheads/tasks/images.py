@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import re
 import struct
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -204,7 +205,7 @@ def read_idx(path: Path, dimensions: int) -> NDArray[np.uint8]:
     """
     try:
         data = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise RecipeError(f"{path}: cannot be read: {error}") from error
     header = 4 + 4 * dimensions
     # Two zeros, 8 for unsigned bytes, the number of dimensions; then each dimension, big-endian.
@@ -275,7 +276,17 @@ def _of_data_sets(
         found[name] = DataSetImages(labels, list(feature.names), data.select_columns([image]), image, source)
     if "train" not in found:
         raise RecipeError(f"data={source!r}: no split train, only {', '.join(splits)}.")
+    for name, images in found.items():
+        if images.classes != found["train"].classes:
+            raise RecipeError(
+                f"data={source!r}: split {name} has the classes {_listed(images.classes)}, split train "
+                f"{_listed(found['train'].classes)}: expected the same, in the same order."
+            )
     return found
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f", … ({len(names)})" if len(names) > 5 else "")
 
 
 def _column(data: Any, kind: type, given: str | None, key: str, source: str) -> str:
@@ -290,6 +301,26 @@ def _column(data: Any, kind: type, given: str | None, key: str, source: str) -> 
             f"expected one: name it with {key}."
         )
     return fitting[0]
+
+
+def check_class_order(config: Any, classes: Sequence[str], whose: str) -> None:
+    """Whether a classifier numbers classes as the data does, as far as names tell: other names tell nothing.
+
+    Args:
+        config: the model's, for as many classes.
+        classes: the data's.
+
+    Raises:
+        RecipeError: the same names in another order; names ``whose``.
+    """
+    theirs = [str(config.id2label.get(number)) for number in range(len(classes))]
+    if theirs != list(classes) and sorted(theirs) == sorted(classes):
+        first = next(number for number, name in enumerate(theirs) if name != classes[number])
+        raise RecipeError(
+            f"{whose} numbers the same classes in another order than the data: class {first} is {theirs[first]!r} to "
+            f"it, and {classes[first]!r} in the data. Give the data the model's order (ClassLabel names of a data "
+            "set), or choose another model."
+        )
 
 
 # -- splits ----------------------------------------------------------------------------------------------------------
@@ -433,6 +464,7 @@ __all__ = [
     "Sample",
     "Samples",
     "SplitPlan",
+    "check_class_order",
     "evenly",
     "read_idx",
     "read_images",
