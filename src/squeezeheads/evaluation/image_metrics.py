@@ -203,7 +203,7 @@ def inception_metrics(real: Tensor, generated: Tensor, batch_size: int) -> dict[
     handle.remove()
     spatial = torch.cat(maps).split([len(real), len(generated)])
     with torch.random.fork_rng(devices=[]):  # the ten parts are drawn
-        torch.random.default_generator.manual_seed(0)
+        torch.default_generator.manual_seed(0)
         inception_score = float(score.compute()[0])
     values = {
         "fid": float(fid.compute()),

@@ -192,10 +192,10 @@ class ProjectedFeatures(TokenwiseObjective):
             self._calibrated = True
 
     def _shared_tokens(self, student: Tensor, teacher: Tensor, first: Evidence, s: int, t: int) -> SharedTokens | None:
-        layouts = self.layouts(first)
-        if layouts[0] is None or layouts[1] is None:
+        mine, theirs = self.layouts(first)
+        if mine is None or theirs is None:
             return None
-        return match_tokens(student.shape[1], teacher.shape[1], *layouts, _difference(s, t, student, teacher))
+        return match_tokens(student.shape[1], teacher.shape[1], mine, theirs, _difference(s, t, student, teacher))
 
     def _make(self, plan: tuple[FeaturePlan, ...]) -> None:
         # The student's own randomness goes on as it would without a projector. On the CPU: the same on every machine.

@@ -154,7 +154,7 @@ def seeded(seed: int, epoch: int, indices: Sequence[int]) -> Iterator[None]:
     number = int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
     python, legacy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(number)  # torch.manual_seed would set accelerators' too
+        torch.default_generator.manual_seed(number)  # torch.manual_seed would set accelerators' too
         random.seed(number)
         np.random.seed(number)
         try:
