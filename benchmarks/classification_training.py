@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.student_training import Plan, train
+from benchmarks.student_training import Plan, train, trained_once
 from benchmarks.study import Run
 
 IMAGES = "/usr/share/datasets/fashion-mnist"
@@ -98,23 +98,22 @@ class Bench:
 
     def teacher(self, seed: int) -> Any:
         """The teacher of a seed, trained once and kept in the work folder."""
+        if seed not in self.teachers:
+            folder = trained_once(self.work / f"teacher-{seed}", lambda: self._new_teacher(1000 + seed))
+            model = self.task.load(str(folder)).eval()
+            self.teachers[seed] = (model, self._errors(model))
+        return self.teachers[seed]
+
+    def _new_teacher(self, seed: int) -> Any:
         from transformers import set_seed
 
         from squeezeheads.objectives import TaskLoss
 
-        folder = self.work / f"teacher-{seed}"
-        if not (folder / "config.json").is_file():
-            set_seed(1000 + seed)
-            model = self.build(TEACHER)
-            plan = Plan(TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE, 1000 + seed, TEACHER_WARMUP, WEIGHT_DECAY)
-            self._train(model, None, {"task": TaskLoss()}, plan)
-            part = folder.with_suffix(".part")
-            model.save_pretrained(part)
-            part.rename(folder)
-        if seed not in self.teachers:
-            model = self.task.load(str(folder)).eval()
-            self.teachers[seed] = (model, self._errors(model))
-        return self.teachers[seed]
+        set_seed(seed)
+        model = self.build(TEACHER)
+        plan = Plan(TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE, seed, TEACHER_WARMUP, WEIGHT_DECAY)
+        self._train(model, None, {"task": TaskLoss()}, plan)
+        return model
 
     def student(self, run: Run) -> dict[str, Any]:
         """Train and measure a student."""

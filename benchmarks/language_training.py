@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.assets import SPEECHES, speeches_are_here
-from benchmarks.student_training import Plan, train
+from benchmarks.student_training import Plan, train, trained_once
 from benchmarks.study import Run
 
 BLOCK = 128
@@ -98,23 +98,24 @@ class Bench:
 
     def teacher(self, seed: int) -> Any:
         """The teacher of a seed, trained once and kept in the work folder."""
+        from transformers import LlamaForCausalLM
+
+        if seed not in self.teachers:
+            folder = trained_once(self.work / f"teacher-{seed}", lambda: self._new_teacher(1000 + seed))
+            model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
+            self.teachers[seed] = (model, self._losses(model))
+        return self.teachers[seed]
+
+    def _new_teacher(self, seed: int) -> Any:
         from transformers import LlamaForCausalLM, set_seed
 
         from squeezeheads.objectives import TaskLoss
 
-        folder = self.work / f"teacher-{seed}"
-        if not (folder / "config.json").is_file():
-            set_seed(1000 + seed)
-            model = LlamaForCausalLM._from_config(self.config(TEACHER), attn_implementation="sdpa")
-            plan = Plan(self.teacher_steps, TEACHER_BATCH, TEACHER_RATE, 1000 + seed, TEACHER_WARMUP)
-            self._train(model, None, {"task": TaskLoss()}, plan)
-            part = folder.with_suffix(".part")
-            model.save_pretrained(part)
-            part.rename(folder)
-        if seed not in self.teachers:
-            model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
-            self.teachers[seed] = (model, self._losses(model))
-        return self.teachers[seed]
+        set_seed(seed)
+        model = LlamaForCausalLM._from_config(self.config(TEACHER), attn_implementation="sdpa")
+        plan = Plan(self.teacher_steps, TEACHER_BATCH, TEACHER_RATE, seed, TEACHER_WARMUP)
+        self._train(model, None, {"task": TaskLoss()}, plan)
+        return model
 
     def student(self, run: Run) -> dict[str, Any]:
         """Train and measure a student."""

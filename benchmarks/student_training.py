@@ -82,6 +82,15 @@ def train(
     return watch
 
 
+def trained_once(folder: Path, make: Callable[[], Any]) -> Path:
+    """The folder of a model that is made and saved where it is not there yet."""
+    if not (folder / "config.json").is_file():
+        part = folder.with_suffix(".part")
+        make().save_pretrained(part)
+        part.rename(folder)
+    return folder
+
+
 def watcher(probe: Callable[[Any], float]) -> Any:
     """A callback that keeps what ``probe`` says every few steps, beside the processor time that training took so far
     (measuring left out: the machines are shared, and a process's own time is what is steady)."""
