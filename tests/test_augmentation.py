@@ -71,14 +71,16 @@ def test_whole_image_is_a_crop_too():
 
 
 def test_erasing_leaves_all_but_a_rectangle():
-    image, shares = torch.full((3, 32, 32), 7.0), []
+    image, shares, aspects = torch.full((3, 32, 32), 7.0), [], []
     for seed in range(300):
         torch.manual_seed(seed)
         changed = (erase(image) != 7).all(0)
         rows, columns = changed.any(1).nonzero().flatten(), changed.any(0).nonzero().flatten()
         assert changed.sum() == len(rows) * len(columns) and rows.max() - rows.min() + 1 == len(rows)
         shares.append(changed.float().mean().item())
+        aspects.append(len(columns) / len(rows))
     assert (image == 7).all(), "the original stays"
+    assert 0.25 < min(aspects) < 0.4 and 2.5 < max(aspects) < 4 and abs(np.mean(np.log(aspects))) < 0.1
     assert 0.01 < min(shares) < 0.04 and 0.28 < max(shares) < 0.37
     torch.manual_seed(1)
     noise = torch.cat([e[e != 7] for e in (erase(image) for _ in range(50))])
@@ -107,6 +109,20 @@ def test_labels_say_what_is_in_the_mixed_image(mixup, cutmix):
         shares.append(targets[0, 0].item())
     assert kinds == {name for name, alpha in (("mixup", mixup), ("cutmix", cutmix)) if alpha}
     assert np.std(shares) > 0.15, "λ differs from batch to batch"
+
+
+def test_how_images_are_mixed_is_drawn_as_deit_draws_it():
+    """λ from Beta(α, α), whose variance is 1 / (8 α + 4); with both, each has equal chances."""
+    pixels, targets = torch.zeros(2, 1, 2, 2), torch.eye(2)
+    pixels[1] = 1
+    for alpha in (0.1, 0.8, 8.0):
+        torch.manual_seed(0)
+        shares = [mix(pixels, targets, alpha, 0.0)[1][0, 0].item() for _ in range(2000)]
+        assert np.mean(shares) == pytest.approx(0.5, abs=0.03)
+        assert np.var(shares) == pytest.approx(1 / (8 * alpha + 4), rel=0.1)
+    torch.manual_seed(0)
+    cut = [set(mix(pixels, targets, 8.0, 8.0)[0].unique().tolist()) <= {0.0, 1.0} for _ in range(1000)]
+    assert np.mean(cut) == pytest.approx(0.5, abs=0.05)
 
 
 def test_no_mixing_is_no_change():
@@ -194,7 +210,28 @@ def test_held_out_images_are_never_changed():
         assert found.keys() == expected.keys() and all(torch.equal(found[k], expected[k]) for k in found)
 
 
+def test_noise_comes_in_after_normalisation():
+    """Standard normal as the model sees it, whatever its normalisation."""
+    made, splits = task(erasing=1.0)
+    plain, same = task()
+    few = range(200)
+    found, kept = made.collate([splits.train[i] for i in few]), plain.collate([same.train[i] for i in few])
+    noise = found["pixel_values"][found["pixel_values"] != kept["pixel_values"]]
+    assert len(noise) > 1000 and abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
+
+
+def test_a_crop_of_all_and_labels_that_are_smoothed():
+    """Through the task: the image as it is read, whatever its white, and the labels as they were asked for."""
+    made, splits = task(crop="resized", crop_scale=[1.0, 1.0], crop_ratio=[1.0, 1.0], label_smoothing=0.2)
+    plain, same = task()
+    found, kept = made.collate([splits.train[i] for i in range(9)]), plain.collate([same.train[i] for i in range(9)])
+    torch.testing.assert_close(found["pixel_values"], kept["pixel_values"])
+    expected = 0.8 * torch.nn.functional.one_hot(kept["labels"], 10) + 0.02
+    torch.testing.assert_close(found["label_probabilities"], expected)
+
+
 def test_flip_alone():
+    assert all(torch.equal(Augmentation(flip=1.0).geometry(i, 9), i.flip(-1)) for i in numbered(20))
     made, splits = task(flip=0.5)
     plain, same = task()
     found = made.collate([splits.train[i] for i in range(64)])
