@@ -121,6 +121,9 @@ def test_validation_and_test_draw_the_same_every_time():
     for part in ("validation", "test"):
         a, b = (task.collate([getattr(s, part)[i] for i in range(5)]) for s in (splits, again))
         assert all(torch.equal(a[key], b[key]) for key in a)
+        held = getattr(splits, part)
+        training = [held.seeded(seed)[0]["draw"] for seed in range(100)]
+        assert held[0]["draw"] not in training, "other draws than those of a training"
 
 
 # -- latents ---------------------------------------------------------------------------------------------------------
@@ -191,6 +194,9 @@ def test_denoising_in_latents(tmp_path):
     torch.testing.assert_close(given["clean"], vae.encode(pixels).latent_dist.mode() * 0.7, rtol=1e-4, atol=1e-5)
     sizes = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 1, "patch_size": 2}
     model = task.build(task.new_config({"model_type": "dit", **sizes}, "teacher.config"), "sdpa")
+    assert model.loss.levels == 256, "latents of digits are taken for bytes too"
+    plain, _ = load()
+    assert plain.build(plain.new_config({"model_type": "dit", **sizes}, "teacher.config"), "sdpa").loss.levels == 17
     task.sampling.steps, task.sampling.images = 2, 20
     images = task.generate(model, torch.tensor([1, 2]))
     assert images.shape == (2, 1, 8, 8)

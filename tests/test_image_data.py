@@ -300,6 +300,18 @@ def test_each_model_sees_the_same_pixels_in_its_own_normalisation(tmp_path):
     torch.testing.assert_close(plain(((unit - 0.3) / 0.25).float()).logits, wanted)
 
 
+@pytest.mark.parametrize(("mean", "std"), [(0.6, 0.25), (0.3, 0.5)])
+def test_a_difference_of_mean_or_deviation_alone_is_one(tmp_path, mean, std):
+    teacher = pretrained(tmp_path / "teacher", 6, mean=mean, std=std)
+    pretrained(tmp_path / "student", 3, mean=0.3)
+    made = ImageClassification()
+    made.load_data(Pretrained({"teacher": str(tmp_path / "teacher")}, str(tmp_path / "student")))
+    unit = torch.rand(2, 1, 8, 8)
+    with torch.no_grad():
+        found = made.load(str(tmp_path / "teacher")).eval()((unit - 0.3) / 0.25).logits
+        torch.testing.assert_close(found, teacher((unit - mean) / std).logits, rtol=1e-4, atol=1e-5)
+
+
 def test_equal_normalisations_change_nothing(tmp_path):
     pretrained(tmp_path / "teacher", 6, mean=0.3)
     made = ImageClassification()

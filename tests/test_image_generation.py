@@ -376,6 +376,29 @@ def test_guidance_is_that_of_the_formula():
     torch.testing.assert_close(images, (clean / 2 + 0.5).clamp(0, 1), rtol=1e-4, atol=1e-5)
 
 
+def test_guidance_leaves_the_variance_of_the_class(monkeypatch):
+    """As DiT has it: the noise is guided, the learned variance is that of the pass with the class."""
+    model = denoiser().eval()
+    pipeline = ClassConditionalPipeline(model.model, make_sampler("ddpm", noising(), True, pixels=True))
+    pipeline.set_progress_bar_config(disable=True)
+    seen, step_of = [], pipeline.scheduler.step
+
+    def step(predicted, *args, **kwargs):
+        seen.append(predicted)
+        return step_of(predicted, *args, **kwargs)
+
+    monkeypatch.setattr(pipeline.scheduler, "step", step)
+    pipeline([3], 2.5, 1, torch.Generator().manual_seed(5), "pt")
+    start = torch.randn(1, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        given, none = (
+            model(start, pipeline.scheduler.timesteps[:1], torch.tensor([label])).logits for label in (3, 10)
+        )
+    assert seen[0].shape == (1, 2, 8, 8) and (given - none).abs().max() > 1e-3
+    torch.testing.assert_close(seen[0][:, 1:], given[:, 1:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(seen[0][:, :1], (none + 2.5 * (given - none))[:, :1], rtol=1e-4, atol=1e-5)
+
+
 def test_latents_are_decoded_as_dit_pipeline_does():
     """The same images as diffusers' own pipeline gives, where that fits: 1,000 classes and an autoencoder."""
     torch.manual_seed(0)

@@ -374,9 +374,10 @@ class ImageGeneration(Task):
         from squeezeheads.diffusion.loss import DiffusionLoss
 
         spec, betas = self.diffusion, self._scheduler.betas
+        levels = self._levels if self._pixels else 256  # latents have none, and are taken for bytes
         with torch.device("cpu"):
             loss = DiffusionLoss(
-                betas, variational_weight=spec.variational_weight, min_snr=spec.min_snr or None, levels=self._levels
+                betas, variational_weight=spec.variational_weight, min_snr=spec.min_snr or None, levels=levels
             )
         return Denoiser(model, loss)
 
