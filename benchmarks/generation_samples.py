@@ -67,7 +67,8 @@ class Meter:
 
         from benchmarks.efficientnet import Features
         from benchmarks.generation_training import Bench
-        from squeezeheads.evaluation.image_metrics import ImageModel, features_of
+        from squeezeheads.evaluation.image_metrics import features_of
+        from squeezeheads.tasks.image_model import ImageModel
 
         if not (CLASSIFIER / "config.json").is_file():
             raise SystemExit(f"no classifier under {CLASSIFIER}: run `python -m benchmarks.classification` first.")
@@ -87,7 +88,8 @@ class Meter:
 
         samples = self.bench.splits.test
         if name == "noise":
-            return torch.rand(self.real.shape, generator=torch.Generator().manual_seed(0)), self.labels
+            shape = (len(self.labels), *self.real.shape[1:])
+            return torch.rand(shape, generator=torch.Generator().manual_seed(0)), self.labels
         if name == "test images":  # those of the data's test split that are not in ours
             rest = sorted(set(range(len(samples.labels))) - set(samples.chosen))
             return torch.stack([samples.images[i] for i in rest]) / 2 + 0.5, samples.labels[rest]

@@ -6,13 +6,11 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.student_training import Plan, train, trained_once
+from benchmarks.student_bench import StudentBench
+from benchmarks.student_training import Plan
 from benchmarks.study import Run
 
 IMAGES = "/usr/share/datasets/fashion-mnist"
-BATCH = 32
-WARMUP_SHARE = 0.1  # of the steps
-CURVE_IMAGES = 250
 TEACHER_STEPS = 1500
 TEACHER_WARMUP = 100
 TEACHER_BATCH = 32
@@ -67,93 +65,60 @@ def methods(kind: str = "dit") -> dict[str, Terms]:
     }  # fmt: skip
 
 
-class Bench:
-    """Data, teachers and training of one kind of denoiser.
+class Bench(StudentBench):
+    """For one kind of denoiser.
 
     Args:
         kind: "dit" or "mdt".
         work: the folder where teachers are kept, and students for the samples that are drawn later.
     """
 
+    batch = 32
+    curve_samples = 250
+    weight_decay = 0.0
+
     def __init__(self, kind: str, work: Path) -> None:
-        from squeezeheads.tasks import ImageGeneration, Pretrained
+        from squeezeheads.tasks import ImageGeneration
         from squeezeheads.tasks.image_generation import DiffusionSpec, SamplingSpec
 
-        self.kind = kind
-        self.work = work
         if not Path(IMAGES).is_dir():
             raise SystemExit(f"no images under {IMAGES}: run `make assets-data` first.")
-        self.task = ImageGeneration(
+        self.kind = kind
+        task = ImageGeneration(
             data=IMAGES,
             validation_size=2000,
             test_size=5000,
             diffusion=DiffusionSpec(schedule="squaredcos_cap_v2", min_snr=5.0, ema_decay=EMA_DECAY),
             sampling=SamplingSpec(sampler="ddim", steps=20, guidance=2.0, images=5000, batch_size=125),
         )
-        self.splits = self.task.load_data(Pretrained({"teacher": None}))
-        self.teachers: dict[int, Any] = {}
+        super().__init__(task, work)
 
-    def build(self, student: bool) -> Any:
-        teacher = self.task.new_config({"model_type": self.kind, **TEACHER[self.kind]}, "teacher.config")
-        config = self.task.new_config(STUDENT, "student.config", teacher) if student else teacher
-        return self.task.build(config, "sdpa")
+    def new_teacher(self) -> Any:
+        return self.task.build(self._teacher_config(), "sdpa")
 
-    def teacher(self, seed: int) -> Any:
-        """The teacher of a seed, trained once and kept in the work folder."""
-        if seed not in self.teachers:
-            folder = trained_once(self.work / f"teacher-{seed}", lambda: self._new_teacher(1000 + seed))
-            model = self.task.load(str(folder)).eval()
-            self.teachers[seed] = (model, self._errors(model))
-        return self.teachers[seed]
+    def teacher_plan(self, seed: int) -> Plan:
+        return Plan(TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE, seed, TEACHER_WARMUP, self.weight_decay)
 
-    def _new_teacher(self, seed: int) -> Any:
-        from transformers import set_seed
+    def new_student(self, run: Run) -> Any:
+        return self.task.build(self.task.new_config(STUDENT, "student.config", self._teacher_config()), "sdpa")
 
-        from squeezeheads.objectives import TaskLoss
+    def objectives(self, run: Run) -> Mapping[str, Any]:
+        return methods(self.kind)[run.method](run.weight or 0.0, run.decay)
 
-        set_seed(seed)
-        model = self.build(student=False)
-        plan = Plan(TEACHER_STEPS, TEACHER_BATCH, TEACHER_RATE, seed, TEACHER_WARMUP, 0.0)
-        self._train(model, None, {"task": TaskLoss()}, plan)
-        return model
+    def score(self, model: Any, samples: Any) -> float:
+        """Mean squared error of the predicted noise, per element, in per cent of the noise's own."""
+        return 100 * self.task.score(model, samples, 125)["noise_error"]
 
     def student(self, run: Run) -> dict[str, Any]:
-        """Train and measure a student, and keep it."""
-        from transformers import set_seed
-
-        teacher, teacher_errors = self.teacher(run.seed)
-        set_seed(run.seed)
-        student = self.build(student=True)
-        objectives = methods(self.kind)[run.method](run.weight or 0.0, run.decay)
-        plan = Plan(run.steps, BATCH, run.rate, run.seed, round(WARMUP_SHARE * run.steps), 0.0)
-        watch = self._train(student, teacher, objectives, plan)
+        """Train, measure and keep a student."""
+        student, line = self.trained_student(run)
         student.save_pretrained(self.folder(run))
-        return {
-            **self._errors(student),
-            "teacher": teacher_errors,
-            "curve": watch.curve,
-            "seconds": watch.seconds,
-            "terms": watch.terms,
-            "parameters": student.num_parameters(),
-        }
+        return line
 
     def folder(self, run: Run) -> Path:
         """Where a student is kept."""
         name = f"{run.method} {run.weight} {run.decay} {run.rate:g} {run.seed} {run.steps}"
         return self.work / "students" / name.replace(" ", "_")
 
-    def _errors(self, model: Any) -> dict[str, float]:
-        return {part: self._error(model, getattr(self.splits, part)) for part in ("validation", "test")}
-
-    def _error(self, model: Any, samples: Any) -> float:
-        """Mean squared error of the predicted noise, per element, in per cent of the noise's own."""
-        return 100 * self.task.score(model, samples, 125)["noise_error"]
-
-    def _train(self, model: Any, teacher: Any, objectives: Mapping[str, Any], plan: Plan) -> Any:
-        import torch
-
-        data = self.task.training_data(self.splits.train, model, plan.seed)
-        samples = torch.utils.data.Subset(self.splits.validation, range(CURVE_IMAGES))
-        return train(
-            model, teacher, objectives, self.task, data, plan, self.work, lambda model: self._error(model, samples)
-        )
+    def _teacher_config(self) -> Any:
+        return self.task.new_config({"model_type": self.kind, **TEACHER[self.kind]}, "teacher.config")

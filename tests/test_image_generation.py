@@ -26,7 +26,6 @@ from squeezeheads.diffusion.pipeline import SAMPLERS, ClassConditionalPipeline, 
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.image_metrics import (
-    ImageModel,
     class_accuracy,
     features_of,
     frechet_distance,
@@ -39,6 +38,7 @@ from squeezeheads.recipe import load_recipe
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
 from squeezeheads.tasks.image_generation import DiffusionSpec, SamplingSpec
+from squeezeheads.tasks.image_model import ImageModel
 from squeezeheads.trainer import SqueezeTrainer
 from test_diffusion import batch, denoiser, mdt, trainer
 from tiny import classifier, write_recipe

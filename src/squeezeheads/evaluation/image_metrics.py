@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squeezeheads.distillation import evaluating
 from squeezeheads.errors import RecipeError
-from squeezeheads.tasks.image_processing import View, own_processor
-from squeezeheads.tasks.normalisation import Normalisation
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -78,56 +74,6 @@ def _check_features(real: Tensor, generated: Tensor, least: int) -> None:
             raise ValueError(f"{whose} features {tuple(features.shape)}: expected (n, F) of at least {least} images.")
     if real.shape[1] != generated.shape[1]:
         raise ValueError(f"real images have {real.shape[1]} features, generated ones {generated.shape[1]}.")
-
-
-class ImageModel(nn.Module):
-    """A vision model of transformers that is given images from 0 to 1 as it was trained on them.
-
-    Size, mean and deviation are those of the folder's image processor. Without one, images are scaled to −1 … 1 (as the
-    image classifiers of this package are trained). Grey images are repeated for models that take three channels.
-
-    Args:
-        path: folder or hub name; safetensors alone.
-        classifies: with its head: logits; otherwise features, the mean over its last tokens or positions.
-
-    Raises:
-        RecipeError: it cannot be loaded, or its image processor says what is not understood here.
-    """
-
-    def __init__(self, path: str, *, classifies: bool) -> None:
-        super().__init__()
-        from transformers import AutoModel, AutoModelForImageClassification
-
-        kind = AutoModelForImageClassification if classifies else AutoModel
-        try:
-            self.model = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True).eval()
-        except (OSError, ValueError, ImportError) as error:
-            raise RecipeError(f"{path}: cannot be loaded as a vision model: {error}") from error
-        self.classifies = classifies
-        self.channels = int(getattr(self.model.config, "num_channels", 3))
-        processor = own_processor(path)
-        self.normalisation, self.size = Normalisation((0.5,), (0.5,)), getattr(self.model.config, "image_size", None)
-        if processor is not None:
-            view = View(processor, self.channels, white=255)
-            self.normalisation, self.size = view.normalisation, view.size
-
-    @property
-    def classes(self) -> int:
-        """How many it tells apart."""
-        return int(self.model.config.num_labels)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """(B, C, H, W) from 0 to 1 → (B, classes) logits or (B, F) features."""
-        if images.shape[1] == 1 and self.channels == 3:
-            images = images.expand(-1, 3, -1, -1)
-        size = [self.size, self.size] if isinstance(self.size, int) else self.size
-        if size is not None and list(images.shape[2:]) != list(size):
-            images = F.interpolate(images, list(size), mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
-        outputs = self.model(pixel_values=self.normalisation(images))
-        if self.classifies:
-            return outputs.logits
-        states = outputs.last_hidden_state
-        return states.mean(1) if states.dim() == 3 else states.flatten(2).mean(2)
 
 
 @torch.no_grad()
@@ -205,9 +151,8 @@ def inception_metrics(real: Tensor, generated: Tensor, batch_size: int) -> dict[
     with torch.random.fork_rng(devices=[]):  # the ten parts are drawn
         torch.default_generator.manual_seed(0)
         inception_score = float(score.compute()[0])
-    values = {
+    return {
         "fid": float(fid.compute()),
         "sfid": frechet_distance(spatial[0], spatial[1]),
         "inception_score": inception_score,
     }
-    return {name: value for name, value in values.items() if math.isfinite(value)}

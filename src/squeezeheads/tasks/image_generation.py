@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig
     from squeezeheads.diffusion.draws import Noising
     from squeezeheads.diffusion.pipeline import ClassConditionalPipeline
-    from squeezeheads.evaluation.image_metrics import ImageModel
+    from squeezeheads.tasks.image_model import ImageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -458,7 +458,7 @@ class ImageGeneration(Task):
         return metrics
 
     def _image_model(self, path: str, classifies: bool) -> ImageModel:
-        from squeezeheads.evaluation.image_metrics import ImageModel
+        from squeezeheads.tasks.image_model import ImageModel
 
         model = ImageModel(path, classifies=classifies)
         if classifies and model.classes != self._classes:
