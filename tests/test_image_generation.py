@@ -699,6 +699,12 @@ def test_inception_metrics_by_their_definitions(monkeypatch):
         features = network(seen)
     assert found["sfid"] == pytest.approx(frechet_distance(maps[:16], maps[16:]), rel=1e-4)
     assert found["fid"] == pytest.approx(frechet_distance(features[:16], features[16:]), rel=1e-3)
+    with torch.no_grad():
+        logits = judge((made * 255).round().byte().expand(-1, 3, -1, -1))
+    order = torch.randperm(14, generator=torch.Generator().manual_seed(0))
+    parts = logits[order].double().softmax(1).chunk(10)
+    surprise = [(part * (part.log() - part.mean(0).log())).sum(1).mean().exp() for part in parts]
+    assert found["inception_score"] == pytest.approx(float(torch.stack(surprise).mean()), rel=1e-5)
     assert not network.Mixed_6d.branch1x1._forward_hooks
 
 
