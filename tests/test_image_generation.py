@@ -399,6 +399,32 @@ def test_guidance_leaves_the_variance_of_the_class(monkeypatch):
     torch.testing.assert_close(seen[0][:, :1], (none + 2.5 * (given - none))[:, :1], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bounds", [{"clip_sample": True}, {"clip_sample": False, "thresholding": True}])
+def test_where_ddim_clips_the_noise_is_what_the_clipped_image_leaves(bounds):
+    """Each step by hand: the sample is the clipped image and noise at the level of its step, nothing else."""
+    model = denoiser().model.eval()
+    scheduler = DDIMScheduler.from_config(noising().config, **bounds, sample_max_value=1.0)
+    pipeline = ClassConditionalPipeline(model, scheduler)
+    pipeline.set_progress_bar_config(disable=True)
+    calls = []
+    handle = model.register_forward_hook(lambda _, args, output: calls.append((args[0][:2], output.sample[:, :1])))
+    images = pipeline([3, 8], 4.0, 5, torch.Generator().manual_seed(5), "pt").images
+    handle.remove()
+    kept = torch.cumprod(1 - torch.linspace(1e-3, 0.2, 50), 0)
+    levels = [*kept[scheduler.timesteps], torch.tensor(1.0)]
+    samples = [sample for sample, _ in calls] + [images * 2 - 1]
+    clipped = 0.0
+    for i, (sample, noises) in enumerate(calls):
+        noise = noises[2:] + 4 * (noises[:2] - noises[2:])
+        clean = (sample - (1 - levels[i]).sqrt() * noise) / levels[i].sqrt()
+        clipped += (clean.abs() > 1).float().mean().item() / len(calls)
+        clean = clean.clamp(-1, 1)
+        left = (sample - levels[i].sqrt() * clean) / (1 - levels[i]).sqrt()
+        after = levels[i + 1].sqrt() * clean + (1 - levels[i + 1]).sqrt() * left
+        torch.testing.assert_close(samples[i + 1], after, rtol=1e-3, atol=1e-4)
+    assert clipped > 0.1
+
+
 def test_latents_are_decoded_as_dit_pipeline_does():
     """The same images as diffusers' own pipeline gives, where that fits: 1,000 classes and an autoencoder."""
     torch.manual_seed(0)

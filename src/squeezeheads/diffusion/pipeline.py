@@ -21,7 +21,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
 
     Args:
         transformer: ``DiTTransformer2DModel`` or ``MDTTransformer2DModel``.
-        scheduler: any of diffusers that goes by predicted noise.
+        scheduler: any of diffusers that goes by predicted noise. A DDIM that clips takes for a sample's noise what the
+            clipped image leaves of it, which diffusers does on request alone.
         vae: ``None`` in pixel space.
     """
 
@@ -72,7 +73,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         images = images * self.scheduler.init_noise_sigma
         takes_variance = str(self.scheduler.config.get("variance_type")).startswith("learned")
-        extra = {} if not _takes_generator(self.scheduler) else {"generator": generator}
+        extra = _step_options(self.scheduler, generator)
         for step in self.progress_bar(self.scheduler.timesteps):
             given = self.scheduler.scale_model_input(torch.cat([images, images]) if guided else images, step)
             out = self.transformer(given.to(dtype), timestep=step.expand(len(given)), class_labels=labels).sample
@@ -134,7 +135,16 @@ def _seed(seed: int, index: int) -> int:
     return (seed * 1_000_003 + index) % 2**32
 
 
-def _takes_generator(scheduler: Any) -> bool:
+def _step_options(scheduler: Any, generator: torch.Generator | list[torch.Generator] | None) -> dict[str, Any]:
+    """What a step of this scheduler is given beside prediction, timestep and images."""
     import inspect
 
-    return "generator" in inspect.signature(scheduler.step).parameters
+    known = inspect.signature(scheduler.step).parameters
+    options: dict[str, Any] = {"generator": generator} if "generator" in known else {}
+    # Where DDIM clips the clean image, the noise has to be what is left of the sample beside the clipped one, as in its
+    # public code. With the predicted noise, which belongs to the image before clipping, each step that clips shifts the
+    # sample away from all that the model has seen, the more so the stronger the guidance.
+    clips = scheduler.config.get("clip_sample") or scheduler.config.get("thresholding")
+    if clips and "use_clipped_model_output" in known:
+        options["use_clipped_model_output"] = True
+    return options
