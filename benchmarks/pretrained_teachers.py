@@ -1,21 +1,28 @@
-"""SmolLM2 on WordNet requests: carries out ``recipes/demo/smollm2-wordnet.yaml`` (going on with what is there) and
-stores its numbers in ``results/language/smollm2-wordnet.json``, beside those of a student before training.
+"""Demo recipes with a real pretrained teacher: carries one out (going on with what is there) and stores its numbers,
+beside those of a student before training.
 
-    python -m benchmarks.smollm2_wordnet
+    python -m benchmarks.pretrained_teachers smollm2-wordnet     # results/language/smollm2-wordnet.json
+    python -m benchmarks.pretrained_teachers fashion-vit         # results/vision/fashion-vit.json
+
+Each recipe says at its head what it needs first.
 """
 
 from __future__ import annotations
 
+import argparse
+
 from benchmarks.environment import RESULTS, write_result
 
+FOLDERS = {"smollm2-wordnet": "language", "fashion-vit": "vision"}
 
-def main() -> None:
+
+def carry_out(name: str) -> None:
     from squeezeheads.preflight import Models
     from squeezeheads.recipe import dump_recipe, load_recipe, shipped_recipe
     from squeezeheads.run import distill
     from squeezeheads.tasks import Pretrained
 
-    recipe = load_recipe(shipped_recipe("smollm2-wordnet"))
+    recipe = load_recipe(shipped_recipe(name))
     results = distill(recipe)
     task = recipe.chosen_task
     splits = task.load_data(Pretrained({"teacher": recipe.named_teachers["teacher"].path}))
@@ -24,9 +31,15 @@ def main() -> None:
         for run in runs:
             run["losses"] = run["losses"][-1:]
     write_result(
-        RESULTS / "language" / "smollm2-wordnet.json",
+        RESULTS / FOLDERS[name] / f"{name}.json",
         {"recipe": dump_recipe(recipe), "before_training": before, "results": results},
     )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", choices=FOLDERS)
+    carry_out(parser.parse_args().recipe)
 
 
 if __name__ == "__main__":
