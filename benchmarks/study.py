@@ -161,7 +161,7 @@ class Study:
     def tune(self, method: str) -> None:
         """Weight and decay at the reference's learning rate, then the learning rate at the best of them."""
         if self.tuned is not None and not self.design.rates:
-            self.need(self.tuned.best(method))
+            self._search(self.tuned.best(method))
             return
         if method in self.design.unweighted:
             self.tune_rate(method, None, "none")
@@ -178,14 +178,14 @@ class Study:
             # The other decay at its own best weight and at the rate that was found.
             best = self.best(method)
             other = (self.tuned or self).best(method, decay="linear" if best.decay == "none" else "none")
-            self.need(replace(other, rate=best.rate))
+            self._search(replace(other, rate=best.rate))
 
     def tune_weight(self, method: str, rate: float) -> None:
         grid, first = list(self.design.weights), self.design.seeds[0]
         for _ in range(1 + self.design.widest):
             for weight in grid:
                 for decay in ("none", "linear"):
-                    self.need(Run(method, weight, decay, rate, first, self.design.steps))
+                    self._search(Run(method, weight, decay, rate, first, self.design.steps))
             best = self.best(method, rate=rate).weight
             if best == max(grid):
                 grid.append(10 * sorted(grid)[-2])
@@ -198,7 +198,7 @@ class Study:
         grid, first = list(self.design.rates), self.design.seeds[0]
         for _ in range(1 + self.design.widest):
             for rate in grid:
-                self.need(Run(method, weight, decay, rate, first, self.design.steps))
+                self._search(Run(method, weight, decay, rate, first, self.design.steps))
             best = self.best(method, weight=weight, decay=decay).rate
             if best == max(grid):
                 grid.append(2 * best)
@@ -258,6 +258,20 @@ class Study:
     def best(self, method: str, **fixed: Any) -> Run:
         """Of these the one of least validation score."""
         return self.run_of(min(self.tried(method, **fixed), key=lambda line: line["validation"]))
+
+    def _search(self, run: Run) -> None:
+        """Make a run of the search, which is the first seed's.
+
+        Raises:
+            SystemExit: it is not there, and this process makes runs of other seeds alone: what it would report is not
+                known yet.
+        """
+        self.need(run)
+        if run.key not in self.stored:
+            raise SystemExit(
+                f"{self.name}: the search on seed {self.design.seeds[0]} is not whole ({run} is missing); give "
+                f"{self.seeds} to a process once it is."
+            )
 
     def need(self, run: Run) -> None:
         """Make a run, unless it is stored."""

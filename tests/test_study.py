@@ -57,6 +57,11 @@ def study(tmp_path):
     return make
 
 
+def test_other_seeds_wait_for_the_search(study):
+    with pytest.raises(SystemExit, match=r"search on seed 0 is not whole.*give \(1,\)"):
+        study(seeds=[1]).complete()
+
+
 def test_weights_and_rates_are_widened_where_an_edge_wins(study):
     done = study()
     done.complete()

@@ -36,7 +36,7 @@ class InstructionTuning(Task):
     """Answer requests. Losses and attention are taught on responses alone; the metric is the ROUGE-L F1 of sampled
     responses.
 
-    Source of the set-up (limits, sampling, seeds, metric): MiniLLM, arXiv 2306.08543; METHOD §6.
+    Source of the set-up (limits, sampling, seeds, metric): MiniLLM, arXiv 2306.08543.
     """
 
     train: list[str]
