@@ -52,9 +52,9 @@ def bench(heads: int):
     """What makes the bench for students of so many heads. Both have the same teachers."""
 
     def made(work: Path) -> Bench:
-        from benchmarks.classification_training import Bench
+        from benchmarks.classification_training import ClassificationBench
 
-        return Bench(heads, work.parent)
+        return ClassificationBench(heads, work.parent)
 
     return made
 

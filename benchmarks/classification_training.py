@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.student_bench import StudentBench
+from benchmarks.student_methods import Terms, shared_methods
 from benchmarks.student_training import Plan
 from benchmarks.study import Run
 
@@ -23,52 +24,24 @@ STUDENTS = {
 }
 TWO_HEADED = ["DeiTForImageClassificationWithTeacher"]  # class and distillation token, each with a classifier
 
-Terms = Callable[[float, str], dict[str, Any]]
-
 
 def methods() -> dict[str, Terms]:
     """Objectives of each method for a weight and a decay of its own terms."""
-    from squeezeheads.objectives import (
-        DeiTHard,
-        HiddenStates,
-        LogitKD,
-        OrthogonalProjection,
-        SqueezedHeads,
-        SqueezedRelations,
-        TaskLoss,
-    )
+    from squeezeheads.objectives import DeiTHard, LogitKD, TaskLoss
 
     def kd(**terms: Any) -> dict[str, Any]:
         return {"task": TaskLoss(0.5), "logits": LogitKD(0.5, temperature=2.0), **terms}
 
-    def heads(schedule: str, weights: str) -> Terms:
-        return lambda w, d: kd(attention=SqueezedHeads(w, d, schedule=schedule, weights=weights))
-
+    shared = shared_methods(kd)
     return {
-        "no teacher": lambda w, d: {"task": TaskLoss(1.0)},
+        **shared,
         "logit KD": lambda w, d: kd(),
         "DeiT hard": lambda w, d: {"task": TaskLoss(0.5), "logits": DeiTHard(0.5)},
-        "SHD adjacent least_squares": heads("progressive", "least_squares"),
-        "SHD similar least_squares": heads("similar", "least_squares"),
-        "SHD similar least_squares + relations": lambda w, d: kd(
-            attention=SqueezedHeads(w, d, schedule="similar"), relations=SqueezedRelations(w, d)
-        ),
-        "FitNets": lambda w, d: kd(hidden=HiddenStates(w, d)),
-        "VkD": lambda w, d: kd(hidden=OrthogonalProjection(w, d)),
-        "SHD without logit KD": lambda w, d: {
-            "task": TaskLoss(1.0), "attention": SqueezedHeads(w, d, schedule="similar")
-        },
-        "SHD adjacent values": heads("progressive", "values"),
-        "SHD adjacent mean": heads("progressive", "mean"),
-        "SHD adjacent select": heads("progressive", "select"),
-        "SHD similar values": heads("similar", "values"),
-        "SHD similar mean": heads("similar", "mean"),
-        "SHD similar select": heads("similar", "select"),
-        "SHD similar joint": heads("similar", "joint"),
-    }  # fmt: skip
+        "SHD without logit KD": shared["SHD alone"],
+    }
 
 
-class Bench(StudentBench):
+class ClassificationBench(StudentBench):
     """For students of some number of heads.
 
     Args:

@@ -44,9 +44,9 @@ def bench(kind: str):
     """What makes the bench of a kind of denoiser."""
 
     def made(work: Path) -> Bench:
-        from benchmarks.generation_training import Bench
+        from benchmarks.generation_training import GenerationBench
 
-        return Bench(kind, work)
+        return GenerationBench(kind, work)
 
     return made
 

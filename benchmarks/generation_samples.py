@@ -66,14 +66,14 @@ class Meter:
         import torch
 
         from benchmarks.efficientnet import Features
-        from benchmarks.generation_training import Bench
+        from benchmarks.generation_training import GenerationBench
         from squeezeheads.evaluation.image_metrics import features_of
         from squeezeheads.tasks.image_model import ImageModel
 
         if not (CLASSIFIER / "config.json").is_file():
             raise SystemExit(f"no classifier under {CLASSIFIER}: run `python -m benchmarks.classification` first.")
         self.kind = kind
-        self.bench = Bench(kind, STUDY.work / kind)
+        self.bench = GenerationBench(kind, STUDY.work / kind)
         self.features = Features()
         self.classifier = ImageModel(str(CLASSIFIER), classifies=True)
         spec = self.bench.task.sampling

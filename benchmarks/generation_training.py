@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.student_bench import StudentBench
+from benchmarks.student_methods import Terms, shared_methods
 from benchmarks.student_training import Plan
 from benchmarks.study import Run
 
@@ -26,46 +27,25 @@ STUDENT = {"num_attention_heads": 3, "num_layers": 4}
 # In the masked pass encoder and decoder see other tokens: encoder learns from encoder, decoder from decoder.
 LAYERS: dict[str, Any] = {"dit": "uniform", "mdt": [[0, 1], [1, 3], [2, 4], [3, 5]]}
 
-Terms = Callable[[float, str], dict[str, Any]]
-
 
 def methods(kind: str = "dit") -> dict[str, Terms]:
     """Objectives of each method for a weight and a decay of its own terms."""
-    from squeezeheads.objectives import (
-        HiddenStates,
-        OrthogonalProjection,
-        PredictionMatching,
-        SqueezedHeads,
-        SqueezedRelations,
-        TaskLoss,
-    )
-
-    layers = LAYERS[kind]
+    from squeezeheads.objectives import PredictionMatching, TaskLoss
 
     def matched(**terms: Any) -> dict[str, Any]:
         return {"task": TaskLoss(1.0), "logits": PredictionMatching(1.0), **terms}
 
-    def heads(schedule: str) -> Terms:
-        return lambda w, d: matched(attention=SqueezedHeads(w, d, schedule=schedule, layers=layers))
-
+    shared = shared_methods(matched, LAYERS[kind])
     return {
-        "no teacher": lambda w, d: {"task": TaskLoss(1.0)},
+        **shared,
         "prediction matching": lambda w, d: matched(),
-        "SHD adjacent least_squares": heads("progressive"),
-        "SHD similar least_squares": heads("similar"),
-        "SHD similar least_squares + relations": lambda w, d: matched(
-            attention=SqueezedHeads(w, d, schedule="similar", layers=layers),
-            relations=SqueezedRelations(w, d, schedule="similar", layers=layers),
-        ),
-        "features": lambda w, d: matched(hidden=HiddenStates(w, d, layers=layers)),
-        "VkD features": lambda w, d: matched(hidden=OrthogonalProjection(w, d, layers=layers)),
-        "SHD without matching": lambda w, d: {
-            "task": TaskLoss(1.0), "attention": SqueezedHeads(w, d, schedule="similar", layers=layers)
-        },
-    }  # fmt: skip
+        "features": shared["FitNets"],
+        "VkD features": shared["VkD"],
+        "SHD without matching": shared["SHD alone"],
+    }
 
 
-class Bench(StudentBench):
+class GenerationBench(StudentBench):
     """For one kind of denoiser.
 
     Args:

@@ -59,9 +59,9 @@ def bench(corpus: str, teacher_steps: int):
     """What makes the bench of a corpus."""
 
     def made(work: Path) -> Bench:
-        from benchmarks.language_training import Bench
+        from benchmarks.language_training import LanguageBench
 
-        return Bench(corpus, work, teacher_steps)
+        return LanguageBench(corpus, work, teacher_steps)
 
     return made
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from benchmarks.assets import SPEECHES, speeches_are_here
 from benchmarks.student_bench import StudentBench
+from benchmarks.student_methods import Terms, shared_methods
 from benchmarks.student_training import Plan
 from benchmarks.study import Run
 
@@ -21,57 +22,34 @@ EQUAL = {**STUDENT, "num_attention_heads": 8, "num_key_value_heads": 8, "head_di
 COMMON = {"num_hidden_layers": 4, "head_dim": 16, "max_position_embeddings": BLOCK}
 
 
-Terms = Callable[[float, str], dict[str, Any]]
-
-
 def methods() -> dict[str, Terms]:
     """Objectives of each method for a weight and a decay of its own terms."""
     from squeezeheads.objectives import (
         AttentionMSE,
-        HiddenStates,
         LogitKD,
         MiniLMRelations,
         OrthogonalProjection,
         SqueezedHeads,
-        SqueezedRelations,
         TaskLoss,
     )
 
     def kd(**terms: Any) -> dict[str, Any]:
         return {"task": TaskLoss(0.5), "logits": LogitKD(0.5), **terms}
 
-    def heads(schedule: str, weights: str) -> Terms:
-        return lambda w, d: kd(attention=SqueezedHeads(w, d, schedule=schedule, weights=weights))
-
+    shared = shared_methods(kd)
     return {
-        "no teacher": lambda w, d: {"task": TaskLoss(1.0)},
+        **shared,
         "logit KD": lambda w, d: kd(),
-        "SHD adjacent least_squares": heads("progressive", "least_squares"),
-        "SHD similar least_squares": heads("similar", "least_squares"),
-        "SHD similar least_squares + relations": lambda w, d: kd(
-            attention=SqueezedHeads(w, d), relations=SqueezedRelations(w, d)
-        ),
-        "SHD similar mean + relations": lambda w, d: kd(
-            attention=SqueezedHeads(w, d, weights="mean"), relations=SqueezedRelations(w, d, weights="mean")
-        ),
-        "relations without SHD": lambda w, d: kd(relations=SqueezedRelations(w, d)),
-        "FitNets": lambda w, d: kd(hidden=HiddenStates(w, d)),
-        "VkD": lambda w, d: kd(hidden=OrthogonalProjection(w, d)),
         "VkD whitened": lambda w, d: kd(hidden=OrthogonalProjection(w, d, normalisation="whiten")),
         "MiniLMv2": lambda w, d: kd(relations=MiniLMRelations(w, d, relation_heads=8)),
-        "SHD without logit KD": lambda w, d: {"task": TaskLoss(1.0), "attention": SqueezedHeads(w, d)},
-        "SHD adjacent values": heads("progressive", "values"),
-        "SHD adjacent mean": heads("progressive", "mean"),
-        "SHD adjacent select": heads("progressive", "select"),
-        "SHD similar joint": heads("similar", "joint"),
-        "SHD similar mean": heads("similar", "mean"),
+        "SHD without logit KD": shared["SHD alone"],
         "equal heads: logit KD": lambda w, d: kd(),
         "equal heads: attention MSE": lambda w, d: kd(attention=AttentionMSE(w, d)),
         "equal heads: SHD": lambda w, d: kd(attention=SqueezedHeads(w, d)),
     }
 
 
-class Bench(StudentBench):
+class LanguageBench(StudentBench):
     """For one corpus.
 
     Args:
