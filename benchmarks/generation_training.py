@@ -30,7 +30,7 @@ LAYERS: dict[str, Any] = {"dit": "uniform", "mdt": [[0, 1], [1, 3], [2, 4], [3, 
 
 def methods(kind: str = "dit") -> dict[str, Terms]:
     """Objectives of each method for a weight and a decay of its own terms."""
-    from squeezeheads.objectives import PredictionMatching, TaskLoss
+    from squeezeheads.objectives import OrthogonalProjection, PredictionMatching, TaskLoss
 
     def matched(**terms: Any) -> dict[str, Any]:
         return {"task": TaskLoss(1.0), "logits": PredictionMatching(1.0), **terms}
@@ -40,7 +40,7 @@ def methods(kind: str = "dit") -> dict[str, Terms]:
         **shared,
         "prediction matching": lambda w, d: matched(),
         "features": shared["FitNets"],
-        "VkD features": shared["VkD"],
+        "VkD features": lambda w, d: matched(hidden=OrthogonalProjection(w, d, layers=LAYERS[kind])),
         "SHD without matching": shared["SHD alone"],
     }
 

@@ -14,7 +14,7 @@ def shared_methods(with_outputs: Callable[..., dict[str, Any]], layers: Any = "u
 
     Args:
         with_outputs: adds further objectives, by name, to the task's and the outputs' own.
-        layers: which teacher's layer each of the student's learns from.
+        layers: which teacher's layer each of the student's learns from (VkD: the last from the last).
     """
     from squeezeheads.objectives import HiddenStates, OrthogonalProjection, SqueezedHeads, SqueezedRelations, TaskLoss
 
@@ -42,5 +42,5 @@ def shared_methods(with_outputs: Callable[..., dict[str, Any]], layers: Any = "u
             "task": TaskLoss(1.0), "attention": SqueezedHeads(w, d, schedule="similar", layers=layers)
         },
         "FitNets": lambda w, d: with_outputs(hidden=HiddenStates(w, d, layers=layers)),
-        "VkD": lambda w, d: with_outputs(hidden=OrthogonalProjection(w, d, layers=layers)),
+        "VkD": lambda w, d: with_outputs(hidden=OrthogonalProjection(w, d)),
     }  # fmt: skip
