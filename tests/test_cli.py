@@ -429,6 +429,26 @@ def test_a_run_that_was_moved_is_the_same_run(finished, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in files} == files, "something was done again"
 
 
+@pytest.mark.parametrize(
+    ("package", "recipe_name", "answer"),
+    [
+        ("diffusers", "fashion-dit", "pip install 'squeezeheads[diffusion]'"),
+        ("transformers", "digits", "pip install 'squeezeheads[hf]'"),
+        ("pathlib", "digits", "No extra of squeezeheads brings it"),
+    ],
+)
+def test_a_missing_package_is_answered_with_the_extra_that_brings_it(tmp_path, package, recipe_name, answer):
+    """In a fresh process in which the package cannot be imported."""
+    code = (
+        f"import sys; from squeezeheads.cli import main; sys.modules[{package!r}] = None\n"
+        f"sys.exit(main(['distill', {str(shipped_recipe(recipe_name))!r}, '--output', {str(tmp_path / 'run')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert f"the package {package!r} is missing." in done.stderr and answer in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_usage(capsys):
     assert main([]) == 2
     assert main(["--help"]) == 0
