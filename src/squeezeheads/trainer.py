@@ -25,6 +25,7 @@ from squeezeheads.distillation import (
     one_pass,
     padding_rows,
 )
+from squeezeheads.logged import check_names
 from squeezeheads.objectives import Objective
 from squeezeheads.plan_file import share_plans, take_up_plans
 
@@ -63,8 +64,8 @@ class SqueezeTrainer(Trainer):
         **kwargs: as for ``transformers.Trainer``.
 
     Raises:
-        ValueError: objectives without the teacher that they need; ``label_smoothing_factor`` or ``compute_loss_func``,
-            which would be ignored.
+        ValueError: objectives without the teacher that they need, or named as a value that the trainer logs itself
+            (``loss`` …); ``label_smoothing_factor`` or ``compute_loss_func``, which would be ignored.
     """
 
     # Losses are divided by the item counts of the whole accumulated batch; the Trainer must not divide again.
@@ -82,6 +83,7 @@ class SqueezeTrainer(Trainer):
         passes: Callable[[Inputs], Sequence[Inputs]] = one_pass,
         **kwargs: Any,
     ) -> None:
+        check_names(objectives)
         if args is not None and args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={args.label_smoothing_factor} would be ignored: the task objective is the "
