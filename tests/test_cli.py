@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 from squeezeheads.cli import main
+from squeezeheads.files import store_json
 from squeezeheads.preflight import REFUSED, check_output
 from squeezeheads.recipe import load_recipe, shipped_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
@@ -395,6 +396,21 @@ def test_foreign_folder_is_not_written_to(recipe, tmp_path, capsys):
     assert main(["distill", recipe()]) == 2
     assert "--output" in capsys.readouterr().err
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_a_run_that_was_killed_as_it_wrote_its_recipe_goes_on(recipe, tmp_path, monkeypatch, capsys):
+    """All that it leaves is the unfinished file."""
+    path = recipe()
+    killed = OSError("killed")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(killed))
+        store_json(tmp_path / "run" / "recipe.json", {"task": {}})
+    (left,) = (tmp_path / "run").iterdir()
+    assert left.name == "recipe.json.part"
+    check_output(tmp_path / "run", load_recipe(path))
+    (tmp_path / "run" / "thesis.txt.part").write_text("a download")
+    assert main(["distill", path]) == 2
+    assert "is no run of squeezeheads" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/a/b", "/dev/null/x", "{tmp}/" + "n" * 300, "{tmp}/file/x"])

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.files import part_of
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.tasks.causal import check_causal
@@ -136,7 +137,8 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
             )
     elif os.path.exists(output) and not output.is_dir():
         raise RecipeError(f"output={output} is a file: expected a folder, new or of an earlier start of this run.")
-    elif os.path.exists(output) and any(output.iterdir()):
+    # A run that was stopped at its very start has left its recipe unfinished, and nothing else.
+    elif os.path.exists(output) and any(path != part_of(stored) for path in output.iterdir()):
         raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
     if parts is None:
         _check_writable(output)
