@@ -113,11 +113,12 @@ class Models:
         return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
 
 
-def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None) -> None:
+def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None, free: Sequence[str] = ()) -> None:
     """One output folder belongs to one recipe: results of different recipes must not mix.
 
     Args:
         parts: the parts of the recipe that must agree; all by default.
+        free: keys that may differ all the same, with all below them.
     """
     mine = json.loads(json.dumps(dump_recipe(recipe)))
     stored = output / "recipe.json"
@@ -130,6 +131,7 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
         different = sorted(key for key in _different_keys(mine, theirs) if key != "output")
         if parts is not None:
             different = [key for key in different if key.split(".")[0] in parts]
+        different = [key for key in different if not f"{key}.".startswith(tuple(f"{name}." for name in free))]
         if different:
             raise RecipeError(
                 f"output={output} holds a run of another recipe: {', '.join(different)} differ. Choose another folder "

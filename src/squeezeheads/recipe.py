@@ -199,6 +199,12 @@ class Recipe:
         return next(iter(_chosen(self.task).values()))
 
     @property
+    def measuring_keys(self) -> tuple[str, ...]:
+        """The keys that only say how a finished model is measured."""
+        ((name, task),) = _chosen(self.task).items()
+        return tuple(f"task.{name}.{key}" for key in sorted(task.measuring))
+
+    @property
     def arms(self) -> dict[str, dict[str, Objective]]:
         """All sets of objectives by name: the baselines, then the recipe's own."""
         named = {**self.baselines, DISTILLED: self.objectives}

@@ -120,7 +120,8 @@ def evaluate(recipe: Recipe, model_path: str | None = None, console: Console | N
         The task's metrics; and ``attention``, nats per row and head, where the run left a teacher and a plan.
 
     Raises:
-        RecipeError: no such model, one that does not fit the data, a run of another recipe or on other data.
+        RecipeError: no such model, one that does not fit the data, a run of another recipe or on other data. What only
+            says how a model is measured (``Task.measuring``) may differ from the run's.
     """
     path = Path(model_path) if model_path is not None else Path(recipe.output) / "student"
     if model_path is None and not (path / "config.json").is_file():
@@ -131,7 +132,8 @@ def evaluate(recipe: Recipe, model_path: str | None = None, console: Console | N
     ran = (output / "recipe.json").is_file()
     if ran:
         # Another split would hold samples that the run's students were trained on, other groups another yardstick.
-        check_output(output, recipe, parts=("task", "teacher", "teachers", "student", "objectives"))
+        fixed = ("task", "teacher", "teachers", "student", "objectives")
+        check_output(output, recipe, parts=fixed, free=recipe.measuring_keys)
     device = training_arguments(recipe.training, "training", output, recipe.seeds[0]).device
     models, splits = _models_and_data(recipe, console or Console(stderr=True))
     task = models.task

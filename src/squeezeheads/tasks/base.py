@@ -74,6 +74,9 @@ class Task:
     """The metric of ``score`` by which the best student is kept, on the validation split."""
     selection_is_loss: ClassVar[bool] = False
     """Whether less of ``selection`` is better."""
+    measuring: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the recipe that matter to ``measure`` alone, neither to data nor to training: a finished model may be
+    measured anew with others."""
 
     def load_data(self, pretrained: Pretrained) -> Splits:
         """The data, ready to be collated into a batch of a model's inputs. Called once, before everything below.

@@ -82,6 +82,9 @@ class InstructionTuning(Task):
     shown: ClassVar[tuple[str, ...]] = ("loss",)
     selection: ClassVar[str] = "loss"
     selection_is_loss: ClassVar[bool] = True
+    measuring: ClassVar[frozenset[str]] = frozenset(
+        {"max_new_tokens", "temperature", "generation_seeds", "generation_samples", "generation_batch_size"}
+    )
 
     def __post_init__(self) -> None:
         if not self.train:

@@ -122,6 +122,7 @@ class LanguageModeling(Task):
     shown: ClassVar[tuple[str, ...]] = ("bits_per_byte",)
     selection: ClassVar[str] = "loss"
     selection_is_loss: ClassVar[bool] = True
+    measuring: ClassVar[frozenset[str]] = frozenset({"minimal_pairs", "lm_eval_tasks", "lm_eval_folder"})
 
     def __post_init__(self) -> None:
         if not self.train:
