@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from squeezeheads.distillation import ONLY
+from squeezeheads.batches import ONLY
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.objectives import OBJECTIVES, Objective
 from squeezeheads.tasks import TASKS, Task

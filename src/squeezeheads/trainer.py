@@ -16,15 +16,8 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from squeezeheads.distillation import (
-    Distillation,
-    Inputs,
-    labelled_targets,
-    named_teachers,
-    next_token_targets,
-    one_pass,
-    padding_rows,
-)
+from squeezeheads.batches import Inputs, labelled_targets, next_token_targets, one_pass, padding_rows
+from squeezeheads.distillation import Distillation, named_teachers
 from squeezeheads.logged import check_names
 from squeezeheads.objectives import Objective
 from squeezeheads.plan_file import share_plans, take_up_plans

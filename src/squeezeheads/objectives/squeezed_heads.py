@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import AttentionRecord
-from squeezeheads.divergence import attention_divergence, check_comparable
+from squeezeheads.attention import AttentionRecord, check_comparable
+from squeezeheads.divergence import attention_divergence
 from squeezeheads.objectives.base import Evidence
+from squeezeheads.objectives.layer_plan import check_learnable
 from squeezeheads.objectives.squeeze_plan import SqueezedObjective
 from squeezeheads.pairing import LayerPairs, pair_layers
 from squeezeheads.squeezing import HeadGroups, group_heads, mixing_matrix
@@ -133,13 +134,3 @@ class SqueezedHeads(SqueezedObjective):
             for student, teacher, layer in zip(learned, taught, self.plan, strict=True)
         ]
         return torch.stack(losses).mean()
-
-
-def check_learnable(learned: Sequence[AttentionRecord]) -> None:
-    """A loss that cannot teach is a mistake, not a number."""
-    if torch.is_grad_enabled() and not any(r.query.requires_grad or r.key.requires_grad for r in learned):
-        raise RuntimeError(
-            "no gradient can reach the student's attention: its forward pass ran under no_grad, or all that comes "
-            "before its queries and keys is frozen. Record the student with gradients on, or compute the loss under "
-            "no_grad to only measure it. (First argument: the student's recording; second: the teacher's.)"
-        )

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from squeezeheads.distillation import Inputs, labelled_targets, one_pass, padding_rows
+from squeezeheads.batches import Inputs, labelled_targets, one_pass, padding_rows
 from squeezeheads.tasks import modeling
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from squeezeheads.distillation import evaluating, next_token_targets
+from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.generation import exact_match, rouge_l, sample_responses
 from squeezeheads.tasks.base import Pretrained, Splits, Task

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from squeezeheads.distillation import evaluating, next_token_targets
+from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.causal import check_token_model, mean_token_loss, shared_vocabulary, token_config
