@@ -278,7 +278,7 @@ def test_evaluate_runs_where_training_would(finished, capsys, monkeypatch):
     monkeypatch.setattr(
         ImageClassification, "measure", lambda task, model, *_: seen.append(model.device) or {"accuracy": 1.0}
     )
-    monkeypatch.setattr("squeezeheads.run._fits_plan", lambda model, objective, batch: seen.append(batch) or False)
+    monkeypatch.setattr("squeezeheads.evaluate._fits_plan", lambda model, objective, batch: seen.append(batch) or False)
     assert main(["evaluate", str(path)]) == 0
     device, batch = seen
     assert device.type == "meta" and all(value.device.type == "meta" for value in batch.values())
@@ -553,7 +553,7 @@ def test_ctrl_c_promises_no_checkpoint_to_evaluate(recipe, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("squeezeheads.run.evaluate", interrupted)
+    monkeypatch.setattr("squeezeheads.evaluate.evaluate", interrupted)
     assert main(["evaluate", recipe()]) == 130
     assert capsys.readouterr().err == "squeezeheads evaluate: stopped\n"
 

@@ -34,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     models = [option.removeprefix(own) for option in options if option.startswith(own)]
     overrides = [option for option in options if not option.startswith(own)]
     recipe = load_recipe(only_recipe(words, "evaluate"), overrides)
-    from squeezeheads.run import evaluate
+    from squeezeheads.evaluate import evaluate
 
     hide_foreign_bars()
     print(json.dumps(finite(evaluate(recipe, models[-1] if models else None)), allow_nan=False))
