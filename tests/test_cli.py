@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 from squeezeheads.cli import main
+from squeezeheads.files import store_json
 from squeezeheads.preflight import REFUSED, check_output
 from squeezeheads.recipe import load_recipe, shipped_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
@@ -277,7 +278,7 @@ def test_evaluate_runs_where_training_would(finished, capsys, monkeypatch):
     monkeypatch.setattr(
         ImageClassification, "measure", lambda task, model, *_: seen.append(model.device) or {"accuracy": 1.0}
     )
-    monkeypatch.setattr("squeezeheads.run._fits_plan", lambda model, objective, batch: seen.append(batch) or False)
+    monkeypatch.setattr("squeezeheads.evaluate._fits_plan", lambda model, objective, batch: seen.append(batch) or False)
     assert main(["evaluate", str(path)]) == 0
     device, batch = seen
     assert device.type == "meta" and all(value.device.type == "meta" for value in batch.values())
@@ -397,6 +398,21 @@ def test_foreign_folder_is_not_written_to(recipe, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_that_was_killed_as_it_wrote_its_recipe_goes_on(recipe, tmp_path, monkeypatch, capsys):
+    """All that it leaves is the unfinished file."""
+    path = recipe()
+    killed = OSError("killed")
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="killed"):
+        patch.setattr(Path, "replace", lambda *_: (_ for _ in ()).throw(killed))
+        store_json(tmp_path / "run" / "recipe.json", {"task": {}})
+    (left,) = (tmp_path / "run").iterdir()
+    assert left.name == "recipe.json.part"
+    check_output(tmp_path / "run", load_recipe(path))
+    (tmp_path / "run" / "thesis.txt.part").write_text("a download")
+    assert main(["distill", path]) == 2
+    assert "is no run of squeezeheads" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("place", ["/proc/x", "/proc/a/b", "/dev/null/x", "{tmp}/" + "n" * 300, "{tmp}/file/x"])
 def test_output_that_cannot_be_made_is_named_before_any_data_is_read(recipe, tmp_path, capsys, monkeypatch, place):
     monkeypatch.setattr(ImageClassification, "load_data", lambda *args: pytest.fail("data was read"))
@@ -427,6 +443,26 @@ def test_a_run_that_was_moved_is_the_same_run(finished, tmp_path):
     assert len(files) == 4
     assert main(["distill", str(path), "--output", str(moved)]) == 0
     assert {p: p.stat().st_mtime_ns for p in files} == files, "something was done again"
+
+
+@pytest.mark.parametrize(
+    ("package", "recipe_name", "answer"),
+    [
+        ("diffusers", "fashion-dit", "pip install 'squeezeheads[diffusion]'"),
+        ("transformers", "digits", "pip install 'squeezeheads[hf]'"),
+        ("pathlib", "digits", "No extra of squeezeheads brings it"),
+    ],
+)
+def test_a_missing_package_is_answered_with_the_extra_that_brings_it(tmp_path, package, recipe_name, answer):
+    """In a fresh process in which the package cannot be imported."""
+    code = (
+        f"import sys; from squeezeheads.cli import main; sys.modules[{package!r}] = None\n"
+        f"sys.exit(main(['distill', {str(shipped_recipe(recipe_name))!r}, '--output', {str(tmp_path / 'run')!r}]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2, done.stderr
+    assert f"the package {package!r} is missing." in done.stderr and answer in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_usage(capsys):
@@ -517,7 +553,7 @@ def test_ctrl_c_promises_no_checkpoint_to_evaluate(recipe, monkeypatch, capsys):
     def interrupted(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("squeezeheads.run.evaluate", interrupted)
+    monkeypatch.setattr("squeezeheads.evaluate.evaluate", interrupted)
     assert main(["evaluate", recipe()]) == 130
     assert capsys.readouterr().err == "squeezeheads evaluate: stopped\n"
 

@@ -335,6 +335,11 @@ def test_tables_are_not_read_as_text(tmp_path: Path) -> None:
     assert read(str(lines)) == ["one", "two"]
 
 
+def test_jsonl_is_known_by_its_suffix_in_capitals_too(tmp_path: Path) -> None:
+    for name in ("a.JSONL", "b.NdJson"):
+        assert read(str(jsonl(tmp_path / name, [{"text": "one"}, {"text": "two"}]))) == ["one", "two"]
+
+
 # -- tokenizer -------------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
@@ -17,12 +18,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.files import store_json
-from squeezeheads.recipe import load_recipe
+from squeezeheads.preflight import check_output
+from squeezeheads.recipe import dump_recipe, load_recipe
 from squeezeheads.recording import record_attention
 from squeezeheads.reports.tables import mean_and_spread
 from squeezeheads.run import _keep_best, _Run, distill
 from squeezeheads.squeezing import mixing_matrix
-from squeezeheads.tasks import LanguageModeling, Pretrained
+from squeezeheads.tasks import TASKS, LanguageModeling, Pretrained
 from squeezeheads.tasks.tokenization import train_byte_bpe
 from squeezeheads.trainer import SqueezeTrainer
 
@@ -185,6 +187,62 @@ def test_requests(tmp_path):
     assert len(run["rouge_l_seeds"]) == 2 and run["rouge_l"] == pytest.approx(sum(run["rouge_l_seeds"]) / 2)
     assert torch.isfinite(torch.tensor(run["loss"])) and run["attention"] > 0
     assert "rouge_l" not in run["validation"]
+
+
+def test_a_finished_student_is_measured_in_another_way(tmp_path, capsys):
+    """What only says how it is measured may differ from the run; what decides who learned what may not."""
+    tree = requests_recipe(tmp_path)
+    carry_out(tmp_path, tree)
+    path, key = str(tmp_path / "recipe.yaml"), "--task.instruction_tuning."
+    capsys.readouterr()
+    assert main(["evaluate", path, f"{key}generation_seeds", "[1, 2, 3]", f"{key}max_new_tokens", "3"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["rouge_l_seeds"]) == 3
+    assert main(["evaluate", path, f"{key}generation_seeds", "[1]", f"{key}split_seed", "9"]) == 2
+    answer = capsys.readouterr().err
+    assert "task.instruction_tuning.split_seed differ" in answer and "generation_seeds" not in answer
+    assert main(["distill", path, f"{key}generation_seeds", "[1, 2, 3]"]) == 2, "a run's results must not mix"
+    assert "task.instruction_tuning.generation_seeds differ" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "measuring", "fixed"),
+    [
+        (
+            {"image_generation": {"sampling": {"guidance": 1.0, "steps": 5}}},
+            ["sampling.guidance 4.0", "sampling.sampler ddpm", "classifier some/model"],
+            ["split_seed 3", "diffusion.label_drop 0.2", "test_size 20"],
+        ),
+        (
+            {"language_modeling": {"train": ["stdlib"]}},
+            ["lm_eval_tasks [a]", "minimal_pairs [pairs]", "lm_eval_tasks [a] lm_eval_folder mine"],
+            ["block_size 64", "test_share 0.2", "patterns ['*.md']"],
+        ),
+        ({"image_classification": {}}, [], ["split_seed 3", "max_test 7"]),
+    ],
+)
+def test_keys_that_only_concern_measuring(tmp_path, task, measuring, fixed):
+    models = {"teacher": {"config": LLAMA, "training": BRIEF}, "student": {"config": STUDENT}}
+    tree = {"task": task, **models, "objectives": {"task": {}}, "output": str(tmp_path / "run")}
+    path = write_recipe(tmp_path, tree)
+    store_json(tmp_path / "run" / "recipe.json", dump_recipe(load_recipe(path)))
+    (name,) = task
+
+    def check(changes: str) -> None:
+        words = changes.split()
+        overrides = [f"--task.{name}.{key}={value}" for key, value in zip(words[::2], words[1::2], strict=True)]
+        recipe = load_recipe(path, overrides)
+        check_output(tmp_path / "run", recipe, parts=("task",), free=recipe.measuring_keys)
+
+    for changes in measuring:
+        check(changes)
+    for changes in fixed:
+        with pytest.raises(RecipeError, match=rf"task\.{name}\.{changes.split()[0]} differ"):
+            check(changes)
+
+
+def test_measuring_keys_are_keys_of_their_task():
+    for cls in TASKS.values():
+        assert cls.measuring <= {field.name for field in dataclasses.fields(cls)}
 
 
 def test_the_student_of_least_loss_is_kept(tmp_path, texts):

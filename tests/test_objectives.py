@@ -228,6 +228,22 @@ def test_squeezed_heads_is_the_mean_over_layer_pairs(schedule, layers):
     torch.testing.assert_close(function, value)
 
 
+@pytest.mark.parametrize("layers", ["uniform", "last", [[0, 2], [1, 2]], [[1, 0]]])
+def test_groupings_of_all_teacher_layers_are_those_of_the_paired_ones(layers):
+    """What ``calibrate_groups`` finds on whole recordings is taken as it is."""
+    teacher, student, batch = classifier(6, layers=4, seed=1).eval(), classifier(3).eval(), image_batch(4)
+    with torch.no_grad(), record_attention(student) as learned, record_attention(teacher) as taught:
+        student(**batch), teacher(**batch)
+    found = calibrate_groups([taught], 3)
+    assert len(found) == 4 and len(set(found)) == 4, "layers whose groups are alike would show nothing"
+    by_pair = [found[t] for _, t in pair_layers(2, 4, layers)]
+    with torch.no_grad():
+        whole = squeezed_attention_loss(learned, taught, layers=layers, schedule=found)
+        torch.testing.assert_close(whole, squeezed_attention_loss(learned, taught, layers=layers, schedule=by_pair))
+        with pytest.raises(ValueError, match=r"3 groupings for \d layer pairs and 4 teacher layers: expected one for"):
+            squeezed_attention_loss(learned, taught, layers=layers, schedule=found[:3])
+
+
 def test_only_planned_layers_are_recorded(monkeypatch):
     teacher, student, batch = classifier(6, layers=4, seed=1), classifier(3), image_batch(2)
     distillation = Distillation(teacher, {"attention": SqueezedHeads(layers="last")})

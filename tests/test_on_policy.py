@@ -405,6 +405,7 @@ def test_resumed_run_takes_up_its_plan(tmp_path):
         ({"logits": LogitKD()}, ValueError, "'logits'.*LogitKD.*attention alone"),
         ({"task": TaskLoss()}, ValueError, "'task'.*TaskLoss.*attention alone"),
         ({"entropy": SqueezedHeads()}, ValueError, "'entropy'.*another name"),
+        ({"loss": SqueezedHeads()}, ValueError, "'loss'.*another name"),
     ],
 )
 def test_objectives_that_cannot_be_added_are_refused(tmp_path, objectives, error, words):

@@ -15,6 +15,7 @@ import pytest
 from packaging.requirements import Requirement
 
 import squeezeheads
+from squeezeheads.extras import EXTRAS
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -126,6 +127,19 @@ def test_extras() -> None:
 def test_all_is_everything_but_timm_and_dev() -> None:
     extras = requirements()
     assert extras["all"] == extras["hf"] | extras["eval"] | extras["diffusion"] | extras["trl"]
+
+
+def test_every_required_package_has_its_extra_in_the_table() -> None:
+    """What a command says about a missing package is what pyproject.toml says."""
+    modules = {"lm-eval": "lm_eval", "pyyaml": "yaml", "rouge-score": "rouge_score", "scikit-learn": "sklearn"}
+    mine = {
+        (modules.get(name.partition("[")[0], name.partition("[")[0]), extra)
+        for extra, names in requirements().items()
+        if extra not in (None, "all", "dev")
+        for name in names
+    }
+    assert mine <= set(EXTRAS.items())
+    assert set(EXTRAS) - {name for name, _ in mine} == {"docstring_parser"}, "which jsonargparse[signatures] brings"
 
 
 def test_metadata() -> None:

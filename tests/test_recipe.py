@@ -51,6 +51,40 @@ def test_a_path_is_no_pattern(tmp_path):
     assert load_recipe(path).seeds == [5]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{digits}\nobjectives: {{task: {{}}}}\n", r"'objectives' is written twice, on lines \d+ and {last}\b"),
+        ('{digits}\n"seeds": [7]\n', r"'seeds' is written twice"),
+        ("{digits}\ntraining_: {{a: 1,\n b: 2, a: 3}}\n", r"'a' is written twice, on lines {last} and {next}\b"),
+    ],
+)
+def test_a_key_written_twice_is_refused(write, text, message):
+    text = text.format(digits=DIGITS.rstrip())
+    last = len(DIGITS.rstrip().splitlines()) + 1
+    with pytest.raises(RecipeError, match=r"recipe\.yaml: the key " + message.format(last=last, next=last + 1)):
+        load_recipe(write(text))
+
+
+def test_a_key_written_twice_on_the_command_line_is_refused(write):
+    with pytest.raises(RecipeError, match="'hidden_size' is written twice, on lines 1 and 1"):
+        load_recipe(write(DIGITS), ["--student.config", "{hidden_size: 12, num_hidden_layers: 1, hidden_size: 24}"])
+
+
+def test_a_merged_mapping_may_be_overridden(write):
+    """YAML's ``<<`` names defaults: a key beside it is no second one, however often the mapping is merged."""
+    text = (
+        "baselines:\n"
+        "  a: {task: &base {weight: 1.0, decay: linear}}\n"
+        "  b: {task: &changed {<<: *base, weight: 0.5}}\n"
+        "  c: {task: {<<: *changed, decay: none}}\n"
+    )
+    before, _, after = DIGITS.partition("baselines:\n")
+    recipe = load_recipe(write(before + text + after[after.index("\ntraining:") :]))
+    weights = {name: (arm["task"].weight, arm["task"].decay) for name, arm in recipe.arms.items() if name in "abc"}
+    assert weights == {"a": (1.0, "linear"), "b": (0.5, "linear"), "c": (0.5, "none")}
+
+
 def test_recipes_know_every_objective_and_task():
     assert [f.name for f in dataclasses.fields(Objectives)] == list(OBJECTIVES)
     assert [f.name for f in dataclasses.fields(TaskChoice)] == list(TASKS)
@@ -85,7 +119,7 @@ def test_overrides_reach_every_depth():
         ("logit KD:", "no-teacher:", "clearly different names"),
         ("seeds: [0, 1, 2]", "seeds: [-1]", "from 0 to"),
         ("no teacher:", "distilled:", r"baselines\.distilled.*taken"),
-        ("student:", "student: big\nbaselines:", "student: expected a mapping.*'big'"),
+        ("student:", "student: big\nno_key:", "student: expected a mapping.*'big'"),
         ("  config:\n    model_type: vit", "  path: there\n  config:\n    model_type: vit", "path='there' and config"),
     ],
 )

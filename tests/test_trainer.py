@@ -72,6 +72,22 @@ def test_each_term_is_logged_and_the_total_is_theirs(tmp_path):
         assert entry["loss"] == pytest.approx(total, rel=1e-4)
 
 
+def test_names_of_the_log_are_refused(tmp_path):
+    """Every name that a log holds without our objectives, however it came there."""
+    run = trainer(tmp_path, include_num_input_tokens_seen="all")
+    run.train()
+    logged = {name for entry in run.state.log_history for name in entry} - objectives().keys()
+    assert logged >= {"loss", "grad_norm", "learning_rate", "epoch", "step", "train_loss", "num_input_tokens_seen"}
+    for name in sorted(logged):
+        with pytest.raises(ValueError, match=rf"logs a value of its own as {name!r}: give the objective another name"):
+            SqueezeTrainer(
+                model=classifier(3),
+                args=arguments(tmp_path),
+                objectives={"task": TaskLoss(), name: TaskLoss()},
+                train_dataset=images(8),
+            )
+
+
 @pytest.mark.parametrize("model", ["classifier", "language_model"])
 def test_accumulation_changes_nothing(tmp_path, model):
     """A batch of 8 and four of 2, with samples of different length in the language model."""

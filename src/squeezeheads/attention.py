@@ -217,6 +217,38 @@ def check_rows(rows: Tensor | None, record: AttentionRecord) -> Tensor | None:
     return rows.detach().to(device=record.query.device, dtype=compute_dtype(record.query))
 
 
+def check_comparable(student: AttentionRecord, teacher: AttentionRecord) -> None:
+    """Whether two records are of the same samples and tokens, on the same device.
+
+    Raises:
+        ValueError: they are not; names both.
+    """
+    check_same_samples(student, teacher)
+    theirs = f"student {student.name!r} and teacher {teacher.name!r}"
+    mine, other = ((r.num_queries, r.num_keys) for r in (student, teacher))
+    if mine != other:
+        raise ValueError(
+            f"{theirs} compare different tokens: {mine[0]} queries × {mine[1]} keys against {other[0]} × {other[1]}. "
+            "Their maps can only be compared token by token: use the same input size, patch size and special tokens."
+        )
+
+
+def check_same_samples(student: AttentionRecord, teacher: AttentionRecord) -> None:
+    """Whether two records are of the same samples, on the same device.
+
+    Raises:
+        ValueError: they are not; names both.
+    """
+    theirs = f"student {student.name!r} and teacher {teacher.name!r}"
+    if student.query.shape[0] != teacher.query.shape[0]:
+        raise ValueError(
+            f"{theirs} saw batches of {student.query.shape[0]} and {teacher.query.shape[0]} samples: both must be run "
+            "on the same batch."
+        )
+    if student.query.device != teacher.query.device:
+        raise ValueError(f"{theirs} are on different devices: {student.query.device} and {teacher.query.device}.")
+
+
 def _check_shapes(name: str, query: Tensor, key: Tensor, value: Tensor | None, mask: Tensor | None) -> None:
     where = f"attention {name!r}"
     for label, tensor in (("query", query), ("key", key), ("value", value)):

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.objectives import PROBABILITIES, Evidence, Objective
+from squeezeheads.batches import (
+    ONLY,
+    PROBABILITIES,
+    Inputs,
+    evaluating,
+    labelled_targets,
+    next_token_targets,
+    one_pass,
+    padding_rows,
+)
+from squeezeheads.objectives import Evidence, Objective
 from squeezeheads.recording import record_attention
 from squeezeheads.token_layout import known_layout
-
-Inputs = Mapping[str, Any]
-
-ONLY = "teacher"
-"""Name of the teacher where there is one alone."""
 
 
 @dataclass
@@ -32,42 +37,6 @@ class DistillationOutput:
     """How many items (rows or predictions) each value is the mean of."""
     student_outputs: Any
     """What the student returned."""
-
-
-def padding_rows(inputs: Inputs) -> Tensor | None:
-    """Query rows that are no padding: a two-dimensional ``attention_mask``; all of ``input_ids`` where there is none;
-    else ``None``, which is all too."""
-    mask = inputs.get("attention_mask")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        return mask.bool()
-    ids = inputs.get("input_ids")
-    if mask is None and isinstance(ids, Tensor) and ids.dim() == 2:
-        # Named one by one: parts of a batch may differ in length, and weigh by their rows.
-        return torch.ones_like(ids, dtype=torch.bool)
-    return None
-
-
-def labelled_targets(inputs: Inputs) -> Tensor | None:
-    """Predictions with a label: ``labels != -100``, or ``None`` (all) where there are no labels."""
-    labels = inputs.get("labels")
-    return labels != -100 if isinstance(labels, Tensor) and not labels.is_floating_point() else None
-
-
-def next_token_targets(inputs: Inputs) -> Tensor | None:
-    """Predictions of a causal language model with a label: position ``i`` predicts label ``i + 1``. Without labels, all
-    tokens but padding count."""
-    labelled = labelled_targets(inputs)
-    if labelled is None:
-        rows = padding_rows(inputs)
-        if rows is None:
-            return None
-        labelled = rows & torch.cat([torch.zeros_like(rows[:, :1]), rows[:, :-1]], dim=1)
-    return torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
-
-
-def one_pass(inputs: Inputs) -> Sequence[Inputs]:
-    """A batch that the models see once, as it is."""
-    return [inputs]
 
 
 class Distillation:
@@ -382,24 +351,12 @@ def _recording(model: nn.Module, layers: Sequence[str | int] | None) -> Any:
     return nullcontext([]) if layers is not None and not layers else record_attention(model, layers=layers)
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode; afterwards each module is in its own mode again."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 __all__ = [
     "ONLY",
     "PROBABILITIES",
     "Distillation",
     "DistillationOutput",
+    "Inputs",
     "evaluating",
     "labelled_targets",
     "named_teachers",

@@ -17,9 +17,14 @@ def finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def part_of(path: Path) -> Path:
+    """The file that ``store_json`` writes before it is whole: what is left where it was stopped."""
+    return path.with_name(path.name + ".part")
+
+
 def store_json(path: Path, value: Any) -> None:
     """Write JSON in one move: whoever finds the file finds it whole. Numbers that are not finite become null."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = part_of(path)
     part.write_text(json.dumps(finite(value), indent=1, allow_nan=False), encoding="utf-8")
     part.replace(path)

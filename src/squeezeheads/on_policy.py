@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl import DistillationTrainer
 
+from squeezeheads.logged import check_names
 from squeezeheads.objectives import Evidence, Objective
 from squeezeheads.plan_file import share_plans, take_up_plans
 from squeezeheads.recording import record_attention
@@ -18,8 +19,8 @@ from squeezeheads.recording import record_attention
 # Attention that never calls scaled_dot_product_attention. Names that are not known are left to the recording.
 _NOT_RECORDED = ("eager", "flash", "flex")
 
-# Names that the trainers write into every log themselves: an objective's value would be lost, or replace theirs.
-_LOGGED = {"entropy", "epoch", "grad_norm", "learning_rate", "loss", "num_tokens", "step_time"}
+# What TRL (1.16) logs beside transformers' Trainer.
+_LOGGED = frozenset({"entropy", "num_tokens", "step_time"})
 
 
 class SqueezeDistillationTrainer(DistillationTrainer):
@@ -190,8 +191,7 @@ def _check_objectives(objectives: Mapping[str, Objective]) -> None:
                 f"objectives[{name!r}] is a {type(objective).__name__}, but only objectives on attention alone can be "
                 "added here: TRL's own loss compares the logits, and a sampled completion has no labels."
             )
-        if name in _LOGGED:
-            raise ValueError(f"the trainer logs a value of its own as {name!r}: give the objective another name.")
+    check_names(objectives, _LOGGED)
 
 
 def _predicting_rows(inputs: Mapping[str, Tensor]) -> Tensor:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.files import part_of
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.tasks.causal import check_causal
@@ -112,11 +113,12 @@ class Models:
         return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
 
 
-def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None) -> None:
+def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None, free: Sequence[str] = ()) -> None:
     """One output folder belongs to one recipe: results of different recipes must not mix.
 
     Args:
         parts: the parts of the recipe that must agree; all by default.
+        free: keys that may differ all the same, with all below them.
     """
     mine = json.loads(json.dumps(dump_recipe(recipe)))
     stored = output / "recipe.json"
@@ -129,6 +131,7 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
         different = sorted(key for key in _different_keys(mine, theirs) if key != "output")
         if parts is not None:
             different = [key for key in different if key.split(".")[0] in parts]
+        different = [key for key in different if not f"{key}.".startswith(tuple(f"{name}." for name in free))]
         if different:
             raise RecipeError(
                 f"output={output} holds a run of another recipe: {', '.join(different)} differ. Choose another folder "
@@ -136,7 +139,8 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
             )
     elif os.path.exists(output) and not output.is_dir():
         raise RecipeError(f"output={output} is a file: expected a folder, new or of an earlier start of this run.")
-    elif os.path.exists(output) and any(output.iterdir()):
+    # A run that was stopped at its very start has left its recipe unfinished, and nothing else.
+    elif os.path.exists(output) and any(path != part_of(stored) for path in output.iterdir()):
         raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
     if parts is None:
         _check_writable(output)

@@ -1,7 +1,7 @@
 """A run as data: typed, unknown keys refused, every default and its help text in one place.
 
-Recipes are YAML (read with a safe loader). Each field's docstring is its help text on the command line, and every key
-can be given there: ``squeezeheads distill recipe.yaml --training.max_steps 100``.
+Recipes are YAML, read with a safe loader that refuses a key written twice. Each field's docstring is its help text on
+the command line, and every key can be given there: ``squeezeheads distill recipe.yaml --training.max_steps 100``.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from squeezeheads.distillation import ONLY
+from squeezeheads.batches import ONLY
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.objectives import OBJECTIVES, Objective
 from squeezeheads.tasks import TASKS, Task
+from squeezeheads.yaml_text import read_yaml
 
 
 # One optional field an entry, so that recipes name objectives and tasks by their keys and a new one is one entry there.
@@ -198,6 +199,12 @@ class Recipe:
         return next(iter(_chosen(self.task).values()))
 
     @property
+    def measuring_keys(self) -> tuple[str, ...]:
+        """The keys that only say how a finished model is measured."""
+        ((name, task),) = _chosen(self.task).items()
+        return tuple(f"task.{name}.{key}" for key in sorted(task.measuring))
+
+    @property
     def arms(self) -> dict[str, dict[str, Objective]]:
         """All sets of objectives by name: the baselines, then the recipe's own."""
         named = {**self.baselines, DISTILLED: self.objectives}
@@ -252,7 +259,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         overrides: command-line style, ``["--training.max_steps", "100"]``.
 
     Raises:
-        RecipeError: no such file, an unknown key, a wrong type, an impossible value; names them.
+        RecipeError: no such file, an unknown key, one written twice, a wrong type, an impossible value; names them.
     """
     from jsonargparse import ArgumentError
 
@@ -274,9 +281,9 @@ def _refuse_imports(path: Path, overrides: Sequence[str]) -> None:
     """jsonargparse would import what stands where it expects options (``class_path``, or a dotted name). A recipe is
     data and imports nothing: where options are expected there must be a mapping of options."""
     try:
-        _check_mappings(Recipe, yaml.safe_load(path.read_text(encoding="utf-8")), "")
+        _check_mappings(Recipe, read_yaml(path.read_text(encoding="utf-8")), "")
         for key, text in _overrides(overrides):
-            value = yaml.safe_load(text)
+            value = read_yaml(text)
             for part in reversed(key.split(".")):
                 value = {part: value}
             _check_mappings(Recipe, value, "")

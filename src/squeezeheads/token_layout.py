@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.attention import AttentionRecord
-from squeezeheads.divergence import check_comparable, check_same_samples
+from squeezeheads.attention import AttentionRecord, check_comparable, check_same_samples
 
 KINDS = ("class", "distillation", "register")
 

@@ -16,15 +16,9 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from squeezeheads.distillation import (
-    Distillation,
-    Inputs,
-    labelled_targets,
-    named_teachers,
-    next_token_targets,
-    one_pass,
-    padding_rows,
-)
+from squeezeheads.batches import Inputs, labelled_targets, next_token_targets, one_pass, padding_rows
+from squeezeheads.distillation import Distillation, named_teachers
+from squeezeheads.logged import check_names
 from squeezeheads.objectives import Objective
 from squeezeheads.plan_file import share_plans, take_up_plans
 
@@ -63,8 +57,8 @@ class SqueezeTrainer(Trainer):
         **kwargs: as for ``transformers.Trainer``.
 
     Raises:
-        ValueError: objectives without the teacher that they need; ``label_smoothing_factor`` or ``compute_loss_func``,
-            which would be ignored.
+        ValueError: objectives without the teacher that they need, or named as a value that the trainer logs itself
+            (``loss`` …); ``label_smoothing_factor`` or ``compute_loss_func``, which would be ignored.
     """
 
     # Losses are divided by the item counts of the whole accumulated batch; the Trainer must not divide again.
@@ -82,6 +76,7 @@ class SqueezeTrainer(Trainer):
         passes: Callable[[Inputs], Sequence[Inputs]] = one_pass,
         **kwargs: Any,
     ) -> None:
+        check_names(objectives)
         if args is not None and args.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={args.label_smoothing_factor} would be ignored: the task objective is the "

@@ -54,11 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ModuleNotFoundError as error:
         if (error.name or "").split(".")[0] == "squeezeheads":
             raise
-        print(
-            f"squeezeheads {command}: the package {error.name!r} is missing. Install what the command line needs with "
-            "pip install 'squeezeheads[hf]'.",
-            file=sys.stderr,
-        )
+        from squeezeheads.extras import how_to_install
+
+        advice = how_to_install(error.name)
+        print(f"squeezeheads {command}: the package {error.name!r} is missing. {advice}", file=sys.stderr)
         return 2
 
 

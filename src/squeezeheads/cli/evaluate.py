@@ -17,7 +17,8 @@ Measure a saved model on a recipe's test split; prints JSON, null for a number t
   RECIPE          a YAML file
   --model FOLDER  folder or hub name of the model; by default the student that the recipe's run left
   --key VALUE     any key of the recipe, in place of what the file says; `squeezeheads distill --help` lists them.
-                  Task, models and objectives must stay those of the run, where there is one
+                  Task, models and objectives must stay those of the run, where there is one; keys of the task that
+                  only say how a model is measured may differ (sampling, lm_eval_tasks, generation_seeds ...)
 
 Options may stand before or after RECIPE.
 """
@@ -33,7 +34,7 @@ def main(arguments: Sequence[str]) -> int:
     models = [option.removeprefix(own) for option in options if option.startswith(own)]
     overrides = [option for option in options if not option.startswith(own)]
     recipe = load_recipe(only_recipe(words, "evaluate"), overrides)
-    from squeezeheads.run import evaluate
+    from squeezeheads.evaluate import evaluate
 
     hide_foreign_bars()
     print(json.dumps(finite(evaluate(recipe, models[-1] if models else None)), allow_nan=False))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import AttentionRecord, check_rows
+from squeezeheads.attention import AttentionRecord, check_comparable, check_rows, check_same_samples
 from squeezeheads.divergence.reference import reference_divergence
 from squeezeheads.divergence.tiled import tiled_divergence
 
@@ -74,35 +74,3 @@ def attention_divergence(
     mix = mix / mix.sum(-1, keepdim=True)  # rounded weights (bf16) would leave P short of 1
     with torch.autocast(student_record.query.device.type, enabled=False):
         return _IMPLEMENTATIONS[name](student_record, teacher_record, mix, weights, temperature, reduction)
-
-
-def check_comparable(student: AttentionRecord, teacher: AttentionRecord) -> None:
-    """Whether two records are of the same samples and tokens, on the same device.
-
-    Raises:
-        ValueError: they are not; names both.
-    """
-    check_same_samples(student, teacher)
-    theirs = f"student {student.name!r} and teacher {teacher.name!r}"
-    mine, other = ((r.num_queries, r.num_keys) for r in (student, teacher))
-    if mine != other:
-        raise ValueError(
-            f"{theirs} compare different tokens: {mine[0]} queries × {mine[1]} keys against {other[0]} × {other[1]}. "
-            "Their maps can only be compared token by token: use the same input size, patch size and special tokens."
-        )
-
-
-def check_same_samples(student: AttentionRecord, teacher: AttentionRecord) -> None:
-    """Whether two records are of the same samples, on the same device.
-
-    Raises:
-        ValueError: they are not; names both.
-    """
-    theirs = f"student {student.name!r} and teacher {teacher.name!r}"
-    if student.query.shape[0] != teacher.query.shape[0]:
-        raise ValueError(
-            f"{theirs} saw batches of {student.query.shape[0]} and {teacher.query.shape[0]} samples: both must be run "
-            "on the same batch."
-        )
-    if student.query.device != teacher.query.device:
-        raise ValueError(f"{theirs} are on different devices: {student.query.device} and {teacher.query.device}.")

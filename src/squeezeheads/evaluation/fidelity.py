@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.distillation import Distillation, evaluating, padding_rows
+from squeezeheads.batches import evaluating, padding_rows
+from squeezeheads.distillation import Distillation
 from squeezeheads.objectives import SqueezedHeads
 
 

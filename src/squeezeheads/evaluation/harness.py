@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from squeezeheads.distillation import evaluating
+from squeezeheads.batches import evaluating
 from squeezeheads.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from squeezeheads.distillation import evaluating
+from squeezeheads.batches import evaluating
 from squeezeheads.errors import RecipeError
 from squeezeheads.reading import read_jsonl
 

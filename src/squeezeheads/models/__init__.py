@@ -3,7 +3,7 @@
 try:
     import diffusers  # noqa: F401
 except ModuleNotFoundError as error:
-    raise ImportError(
+    raise ModuleNotFoundError(
         f"squeezeheads.models needs the package {error.name!r}: pip install 'squeezeheads[diffusion]'.", name=error.name
     ) from error
 

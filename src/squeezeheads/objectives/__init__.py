@@ -1,7 +1,8 @@
 """What a student is asked to learn: one file an objective, and the names that recipes use for them."""
 
+from squeezeheads.batches import PROBABILITIES
 from squeezeheads.objectives.attention_mse import AttentionMSE
-from squeezeheads.objectives.base import PROBABILITIES, Evidence, Objective
+from squeezeheads.objectives.base import Evidence, Objective
 from squeezeheads.objectives.deit_hard import DeiTHard
 from squeezeheads.objectives.deit_soft import DeiTSoft
 from squeezeheads.objectives.hidden_states import HiddenStates

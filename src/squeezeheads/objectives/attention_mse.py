@@ -11,8 +11,7 @@ from torch import Tensor
 
 from squeezeheads.attention import NEGATIVE, AttentionRecord, check_rows, compute_dtype, take_heads
 from squeezeheads.objectives.base import Evidence
-from squeezeheads.objectives.layer_plan import PairedObjective
-from squeezeheads.objectives.squeezed_heads import check_learnable
+from squeezeheads.objectives.layer_plan import PairedObjective, check_learnable
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
 from squeezeheads.tiling import TILE_BYTES, tiles
 

@@ -153,11 +153,6 @@ class Objective:
         return self.weight
 
 
-PROBABILITIES = "label_probabilities"
-"""Key of a batch: (B, classes) probabilities in place of labels, where these are mixed or smoothed. No model sees
-it."""
-
-
 def logits_of(outputs: Any, whose: str) -> Tensor:
     """The logits in a model's outputs.
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import torch
 from torch import Tensor
 
-from squeezeheads.attention import AttentionRecord
-from squeezeheads.divergence import check_comparable
+from squeezeheads.attention import AttentionRecord, check_comparable
 from squeezeheads.objectives.base import Evidence
 from squeezeheads.objectives.special_tokens import TokenwiseObjective
 from squeezeheads.pairing import pair_layers
@@ -117,3 +117,13 @@ def sliced(pair: LayerPair, evidence: Evidence) -> tuple[AttentionRecord, Attent
     if pair.tokens is None:
         return student, teacher, evidence.rows
     return *pair.tokens.sliced(student, teacher), pair.tokens.rows(evidence.rows)
+
+
+def check_learnable(learned: Sequence[AttentionRecord]) -> None:
+    """A loss that cannot teach is a mistake, not a number."""
+    if torch.is_grad_enabled() and not any(r.query.requires_grad or r.key.requires_grad for r in learned):
+        raise RuntimeError(
+            "no gradient can reach the student's attention: its forward pass ran under no_grad, or all that comes "
+            "before its queries and keys is frozen. Record the student with gradients on, or compute the loss under "
+            "no_grad to only measure it. (First argument: the student's recording; second: the teacher's.)"
+        )

@@ -11,14 +11,13 @@ from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord
 from squeezeheads.objectives.base import Evidence
-from squeezeheads.objectives.layer_plan import PairedObjective
+from squeezeheads.objectives.layer_plan import PairedObjective, check_learnable
 from squeezeheads.objectives.relation_records import (
     relation_divergence,
     relation_record,
     require_self_attention,
     require_value,
 )
-from squeezeheads.objectives.squeezed_heads import check_learnable
 
 Kind = Literal["queries", "keys", "values"]
 KINDS: tuple[Kind, ...] = ("queries", "keys", "values")

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import AttentionRecord
-from squeezeheads.divergence import attention_divergence, check_comparable
+from squeezeheads.attention import AttentionRecord, check_comparable
+from squeezeheads.divergence import attention_divergence
 from squeezeheads.objectives.base import Evidence
+from squeezeheads.objectives.layer_plan import check_learnable
 from squeezeheads.objectives.squeeze_plan import SqueezedObjective
-from squeezeheads.pairing import pair_layers
+from squeezeheads.pairing import LayerPairs, pair_layers
 from squeezeheads.squeezing import HeadGroups, group_heads, mixing_matrix
 from squeezeheads.token_layout import SharedTokens, check_layout, share_tokens
 
@@ -37,7 +38,9 @@ def squeezed_attention_loss(
         taught: the teacher's recording of the same batch, (B, T, Q, D') queries a layer.
         layers: which layers go together, see ``squeezeheads.pair_layers``.
         schedule: which heads go together: ``"progressive"`` or ``"balanced"`` (see ``squeezeheads.group_heads``), or
-            one grouping for each layer pair, from ``squeezeheads.calibrate_groups`` (which loses much less).
+            groupings from ``squeezeheads.calibrate_groups`` (which lose much less): one for each layer pair, in their
+            order, or one for each of the teacher's layers, as ``calibrate_groups`` answers for whole recordings. Where
+            both are equally many, they are taken by pairs.
         weights: how grouped heads are weighed, see ``squeezeheads.mixing_matrix``.
         rows: (B, Q) bool or weights: query rows that count (the student's). For padded batches pass the attention mask.
         temperature: divides both models' scores before their softmax.
@@ -57,8 +60,7 @@ def squeezed_attention_loss(
     Source: SHD, arXiv 2502.07436; METHOD §3, §4.
     """
     pairs = pair_layers(len(learned), len(taught), layers)
-    if not isinstance(schedule, str) and len(schedule) != len(pairs):
-        raise ValueError(f"schedule holds {len(schedule)} groupings for {len(pairs)} layer pairs: expected one each.")
+    groupings = None if isinstance(schedule, str) else _by_pair(schedule, pairs, len(taught))
     layouts = [
         None if kinds is None else check_layout(kinds, name)
         for kinds, name in ((student_tokens, "student_tokens"), (teacher_tokens, "teacher_tokens"))
@@ -67,13 +69,25 @@ def squeezed_attention_loss(
     losses = []
     for index, (s, t) in enumerate(pairs):
         student, teacher = learned[s], taught[t]
-        if isinstance(schedule, str):
-            groups = group_heads(teacher.num_heads, student.num_heads, schedule)
+        if groupings is None:
+            groups = group_heads(teacher.num_heads, student.num_heads, str(schedule))
         else:
-            groups = schedule[index]
+            groups = groupings[index]
         tokens = share_tokens(student, teacher, *layouts)
         losses.append(_layer_loss(student, teacher, groups, tokens, weights, rows, temperature, implementation))
     return torch.stack(losses).mean()
+
+
+def _by_pair(schedule: Sequence[HeadGroups], pairs: LayerPairs, teacher_layers: int) -> Sequence[HeadGroups]:
+    """The grouping of each layer pair, from one each or from one for each teacher layer."""
+    if len(schedule) == len(pairs):
+        return schedule
+    if len(schedule) == teacher_layers:
+        return [schedule[t] for _, t in pairs]
+    raise ValueError(
+        f"schedule holds {len(schedule)} groupings for {len(pairs)} layer pairs and {teacher_layers} teacher layers: "
+        "expected one for each pair or one for each teacher layer."
+    )
 
 
 def _layer_loss(
@@ -120,13 +134,3 @@ class SqueezedHeads(SqueezedObjective):
             for student, teacher, layer in zip(learned, taught, self.plan, strict=True)
         ]
         return torch.stack(losses).mean()
-
-
-def check_learnable(learned: Sequence[AttentionRecord]) -> None:
-    """A loss that cannot teach is a mistake, not a number."""
-    if torch.is_grad_enabled() and not any(r.query.requires_grad or r.key.requires_grad for r in learned):
-        raise RuntimeError(
-            "no gradient can reach the student's attention: its forward pass ran under no_grad, or all that comes "
-            "before its queries and keys is frozen. Record the student with gradients on, or compute the loss under "
-            "no_grad to only measure it. (First argument: the student's recording; second: the teacher's.)"
-        )

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import AttentionRecord, compute_dtype
-from squeezeheads.divergence import check_comparable
+from squeezeheads.attention import AttentionRecord, check_comparable, compute_dtype
 from squeezeheads.objectives.base import Evidence
-from squeezeheads.objectives.layer_plan import sliced
+from squeezeheads.objectives.layer_plan import check_learnable, sliced
 from squeezeheads.objectives.relation_records import (
     relation_divergence,
     relation_record,
@@ -20,7 +19,6 @@ from squeezeheads.objectives.relation_records import (
     require_value,
 )
 from squeezeheads.objectives.squeeze_plan import SqueezedObjective
-from squeezeheads.objectives.squeezed_heads import check_learnable
 from squeezeheads.squeezing import HeadGroups
 from squeezeheads.squeezing.residuals import attended_keys, check_groups, isometry, require_values
 

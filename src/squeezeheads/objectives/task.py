@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from squeezeheads.objectives.base import PROBABILITIES, Evidence, Objective, logits_of, output_named
+from squeezeheads.batches import PROBABILITIES
+from squeezeheads.objectives.base import Evidence, Objective, logits_of, output_named
 
 
 @dataclass

@@ -74,7 +74,8 @@ def calibrate_groups(
         rows: for each batch the (B, Q) query rows that count, or ``None``.
 
     Returns:
-        One grouping a layer; groups are ordered by their first head.
+        One grouping a recorded layer; groups are ordered by their first head. ``squeezed_attention_loss`` takes them as
+        they are for its ``schedule``, those of all teacher layers or those of the paired ones.
 
     Raises:
         ValueError: recordings of different layers, counts that do not fit, values or projections not known.

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from squeezeheads.distillation import Inputs, labelled_targets, one_pass, padding_rows
+from squeezeheads.batches import Inputs, labelled_targets, one_pass, padding_rows
 from squeezeheads.tasks import modeling
 
 if TYPE_CHECKING:
@@ -74,6 +74,9 @@ class Task:
     """The metric of ``score`` by which the best student is kept, on the validation split."""
     selection_is_loss: ClassVar[bool] = False
     """Whether less of ``selection`` is better."""
+    measuring: ClassVar[frozenset[str]] = frozenset()
+    """Keys of the recipe that matter to ``measure`` alone, neither to data nor to training: a finished model may be
+    measured anew with others."""
 
     def load_data(self, pretrained: Pretrained) -> Splits:
         """The data, ready to be collated into a batch of a model's inputs. Called once, before everything below.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from squeezeheads.distillation import evaluating, next_token_targets
+from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.tasks.base import Pretrained
 from squeezeheads.tasks.tokenization import model_vocabulary

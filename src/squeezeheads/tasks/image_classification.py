@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from squeezeheads.distillation import PROBABILITIES, evaluating
+from squeezeheads.batches import PROBABILITIES, evaluating
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.augmentation import Augmentation, erase, mix, seeded, smoothed
 from squeezeheads.tasks.base import Pretrained, Splits, Task

@@ -158,6 +158,7 @@ class ImageGeneration(Task):
     metric: ClassVar[str] = "noise_error"
     selection: ClassVar[str] = "noise_error"
     selection_is_loss: ClassVar[bool] = True
+    measuring: ClassVar[frozenset[str]] = frozenset({"sampling", "classifier"})
 
     def __post_init__(self) -> None:
         for name in ("validation_size", "test_size"):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor
 
-from squeezeheads.distillation import evaluating, next_token_targets
+from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.generation import exact_match, rouge_l, sample_responses
 from squeezeheads.tasks.base import Pretrained, Splits, Task
@@ -82,6 +82,9 @@ class InstructionTuning(Task):
     shown: ClassVar[tuple[str, ...]] = ("loss",)
     selection: ClassVar[str] = "loss"
     selection_is_loss: ClassVar[bool] = True
+    measuring: ClassVar[frozenset[str]] = frozenset(
+        {"max_new_tokens", "temperature", "generation_seeds", "generation_samples", "generation_batch_size"}
+    )
 
     def __post_init__(self) -> None:
         if not self.train:

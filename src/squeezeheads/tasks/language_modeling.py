@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from squeezeheads.distillation import evaluating, next_token_targets
+from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.causal import check_token_model, mean_token_loss, shared_vocabulary, token_config
@@ -122,6 +122,7 @@ class LanguageModeling(Task):
     shown: ClassVar[tuple[str, ...]] = ("bits_per_byte",)
     selection: ClassVar[str] = "loss"
     selection_is_loss: ClassVar[bool] = True
+    measuring: ClassVar[frozenset[str]] = frozenset({"minimal_pairs", "lm_eval_tasks", "lm_eval_folder"})
 
     def __post_init__(self) -> None:
         if not self.train:

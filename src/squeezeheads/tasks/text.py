@@ -20,7 +20,7 @@ STDLIB = "stdlib"
 HUB = "hub:"
 
 JSONL = (".jsonl", ".ndjson")
-"""Suffixes of files with a JSON object a line."""
+"""Suffixes of files with a JSON object a line, in small letters."""
 
 # Files that hold texts but are none, by the name under which ``datasets`` reads them.
 _TABLES = {".json": "json", ".csv": "csv", ".parquet": "parquet"}
@@ -108,7 +108,7 @@ class TextSource:
             if source_code:
                 with tokenize.open(file) as opened:  # by the encoding that the file declares, as Python reads it
                     texts = [opened.read()]
-            elif file.suffix in JSONL:
+            elif file.suffix.lower() in JSONL:
                 texts = [self._text(row, place) for place, row in read_jsonl(file)]
             else:
                 texts = [read_text(file)]
