@@ -20,11 +20,13 @@ def blocks(language: str) -> list[str]:
 
 def test_functions_and_trainer_run_as_printed(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    functions, trainer = blocks("python")
+    functions, groups, trainer = blocks("python")
     names: dict = {}
     exec(functions, names)
     student = names["student"]
     assert all(p.grad is not None for name, p in student.named_parameters() if "q_proj" in name)
+    exec(groups, names)
+    assert {len(grouping) for grouping in names["groups"]} == {4} and names["loss"] > 0
     exec(trainer, names)
     logged = names["trainer"].state.log_history
     assert names["trainer"].state.global_step == 5 and logged
