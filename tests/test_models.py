@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
+    Dinov2Config,
     GPT2Config,
     GPTNeoConfig,
     LlamaConfig,
@@ -24,7 +25,7 @@ from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.preflight import Models
 from squeezeheads.recipe import load_recipe
-from squeezeheads.tasks import LanguageModeling
+from squeezeheads.tasks import ImageClassification, LanguageModeling, Pretrained
 from squeezeheads.tasks.modeling import new_config
 from squeezeheads.tasks.tokenization import train_byte_bpe
 from tiny import write_recipe
@@ -167,6 +168,19 @@ def test_what_a_teacher_derived_is_derived_anew():
     rotated = SmolLM3Config(**{**SIZES, "num_hidden_layers": 3})
     assert rotated.no_rope_layers == [1, 1, 1]
     assert changed(rotated, num_hidden_layers=5).no_rope_layers == [1, 1, 1, 0, 1]
+
+
+def test_a_backbones_last_layer_follows_the_number_of_layers():
+    """Checkpoints of ViTs that also serve as backbones name the layer that they give out."""
+    base = Dinov2Config.from_dict(Dinov2Config(hidden_size=16, num_attention_heads=2, num_hidden_layers=3).to_dict())
+    assert base.out_features == ["stage3"]
+    images = ImageClassification(data="digits", new_head=True)
+    images.load_data(Pretrained({"teacher": None}))
+    for layers in (2, 5):
+        config = new_config(images, {"num_hidden_layers": layers}, "student.config", base)
+        assert (config.num_hidden_layers, config.out_features) == (layers, [f"stage{layers}"])
+    chosen = Dinov2Config(hidden_size=16, num_attention_heads=2, num_hidden_layers=3, out_features=["stage1"])
+    assert new_config(images, {"hidden_size": 32}, "student.config", chosen).out_features == ["stage1"]
 
 
 def test_what_a_teacher_chose_is_cut_and_never_invented():

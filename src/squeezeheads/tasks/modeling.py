@@ -113,6 +113,10 @@ def _changed(base: PreTrainedConfig, changes: Mapping[str, Any], key: str) -> Pr
         options.pop("dtype", None)  # in which the other was saved
         after = getattr(config, "num_hidden_layers", None)
         given = base.to_dict()
+        if given.get("out_features") == (getattr(base, "stage_names", None) or [None])[-1:]:
+            # The last layer is what a backbone gives out by default. No classifier reads it.
+            for name in {"out_features", "out_indices", "stage_names"} - changes.keys():
+                options.pop(name, None)
         lists = {
             name: value
             for name, value in given.items()
