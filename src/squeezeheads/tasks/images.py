@@ -409,8 +409,19 @@ class SplitPlan:
         limit = self.limits.get(name)
         if limit is None or limit >= len(part.indices):
             return part
+        labels = part.images.labels[part.indices]
+        if len(labels) - limit < len(np.unique(labels)) <= limit:
+            # scikit-learn wants an image of every class on both sides.
+            return Part(part.images, np.delete(part.indices, self._one_a_class(labels, len(labels) - limit)))
         _, chosen = self._hold_out(part.images, part.indices, limit, f"max_{name}")
         return Part(part.images, chosen)
+
+    def _one_a_class(self, labels: NDArray[np.int64], count: int) -> list[int]:
+        """Places of ``count`` images, each of another class: those of most images, drawn where they have as many."""
+        draw = np.random.default_rng(self.seed)
+        present, sizes = np.unique(labels, return_counts=True)
+        order = np.lexsort((draw.permutation(len(present)), -sizes))
+        return [int(draw.choice(np.flatnonzero(labels == label))) for label in present[order[:count]]]
 
 
 @dataclass
