@@ -182,10 +182,13 @@ def test_sizes_that_the_autoencoder_does_not_divide_are_named():
         latent_size(autoencoder(), 7)
 
 
-def test_denoising_in_latents(tmp_path):
+def test_denoising_in_latents(tmp_path, capsys):
     """Models are made for the latents, noise is added to them, and generated images are decoded."""
     autoencoder().save_pretrained(tmp_path / "vae")
     task, splits = load(autoencoder=str(tmp_path / "vae"), latent_cache=str(tmp_path / "cache"))
+    told = capsys.readouterr()
+    assert told.out == "", "`evaluate` prints JSON there"
+    assert "encoding 1797 images" in told.err
     assert task.data_config() == {"in_channels": 2, "out_channels": 4, "sample_size": 4, "num_embeds_ada_norm": 10}
     given = task.collate([splits.train[i] for i in range(3)])
     vae = load_autoencoder(str(tmp_path / "vae"))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -217,7 +218,8 @@ class ImageGeneration(Task):
         except ValueError as error:
             raise RecipeError(f"autoencoder={self.autoencoder!r}: {error}") from error
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return encode_images(images, images.identity, self._vae.to(device), Path(self.latent_cache), told=print)
+        told = partial(print, file=sys.stderr)  # standard output is for what a command answers
+        return encode_images(images, images.identity, self._vae.to(device), Path(self.latent_cache), told=told)
 
     @cached_property
     def _vae(self) -> Any:
