@@ -186,6 +186,10 @@ MISTAKES = {
         },
         "leaves 1 layers for the encoder",
     ),
+    "guidance of a new teacher": (
+        {"task__image_generation__diffusion__label_drop": 0.0, "task__image_generation__sampling__guidance": 2.0},
+        "teacher.config makes a new model, and sampling.guidance=2.0 asks",
+    ),
     "logits of diffusion": ({"objectives": {"logits": {}}}, "objectives.logits compares distributions over classes"),
 }
 
@@ -316,6 +320,18 @@ def test_a_teacher_of_another_noise_schedule_is_refused(tmp_path, capsys):
     (plain / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(RecipeError, match="its noise schedule cannot be read"):
         task.check_companions(str(plain), "the model")
+
+
+def test_guidance_needs_dropped_labels_where_a_model_is_new(tmp_path):
+    """A pretrained one has perhaps learned elsewhere what it predicts for no class; its new student has not."""
+    denoiser(sample_size=8).model.save_pretrained(tmp_path / "plain")
+    task = ImageGeneration(diffusion=DiffusionSpec(label_drop=0.0), sampling=SamplingSpec(guidance=0.0))
+    task.load_data(Pretrained({"teacher": str(tmp_path / "plain")}))
+    base = task.pretrained_config(str(tmp_path / "plain"), "teacher.path")
+    with pytest.raises(RecipeError, match=r"student.config makes .*guidance=0.0 .*label_drop=0.0 .*guidance of its"):
+        task.new_config({"num_layers": 1}, "student.config", base)
+    task.sampling.guidance = 1.0
+    assert task.new_config({"num_layers": 1}, "student.config", base).options["num_layers"] == 1
 
 
 def test_new_denoisers_have_the_type_asked_for(tmp_path):

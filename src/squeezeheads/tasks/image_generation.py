@@ -299,6 +299,7 @@ class ImageGeneration(Task):
 
         from squeezeheads.diffusion.denoiser import DenoiserConfig, build_model, model_types
 
+        self._check_guidance(key)
         options = dict(changes)
         model_type = options.pop("model_type", base.model_type if base is not None else None)
         if model_type not in model_types():
@@ -326,6 +327,15 @@ class ImageGeneration(Task):
                 f"{key}: sample_size={size} is no multiple of patch_size={patch}: choose one that divides."
             )
         return DenoiserConfig(model_type, merged)
+
+    def _check_guidance(self, key: str) -> None:
+        """Whether a new model learns what guidance asks it for: pretrained ones may have learned it elsewhere."""
+        if self.sampling.guidance != 1 and not self.diffusion.label_drop:
+            raise RecipeError(
+                f"{key} makes a new model, and sampling.guidance={self.sampling.guidance} asks what it predicts for no "
+                f"class, which diffusion.label_drop={self.diffusion.label_drop} never trains. Set label_drop of "
+                "task.image_generation.diffusion above 0 (0.1 is usual), or guidance of its sampling to 1."
+            )
 
     def pretrained_config(self, path: str, key: str) -> DenoiserConfig:
         from squeezeheads.diffusion.denoiser import load_config
