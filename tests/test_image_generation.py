@@ -176,6 +176,15 @@ MISTAKES = {
     "decay": ({"task__image_generation__diffusion__ema_decay": 1.0}, "ema_decay=1.0"),
     "snr": ({"task__image_generation__diffusion__min_snr": -1.0}, "min_snr=-1.0"),
     "betas": ({"task__image_generation__diffusion__beta_end": 2.0}, "beta_end=2.0"),
+    "more steps than the schedule has": (
+        {"task__image_generation__sampling__steps": 100},
+        "sampling.steps=100: expected at most 50 for the sampler ddim where diffusion.steps=50",
+    ),
+    "two images": ({"task__image_generation__sampling__images": 2}, "images=2: expected at least 4"),
+    "more images than the test split": (
+        {"task__image_generation__sampling__images": 501},
+        "sampling.images=501: they are compared with as many of the test split, which has 500",
+    ),
     "sampler": ({"task__image_generation__sampling__sampler": "euler"}, "euler"),
     "no such teacher": ({"teacher": {"path": "nowhere/at/all"}}, "nowhere/at/all"),
     "odd encoder": (
@@ -792,6 +801,44 @@ def test_a_classifier_judges_generated_images(tmp_path):
     classifier(3, num_labels=4).save_pretrained(tmp_path / "judge")
     with pytest.raises(RecipeError, match="tells 4 classes apart, the data has 10"):
         task.measure(model, splits.test, 10)
+
+
+def test_dpm_takes_fewer_steps_than_the_schedule():
+    """diffusers' times repeat otherwise, and images are not numbers."""
+    with pytest.raises(ValueError, match="sampling.steps=50: expected at most 49 for the sampler dpm"):
+        ImageGeneration(diffusion=DiffusionSpec(steps=50), sampling=SamplingSpec(sampler="dpm", steps=50))
+    ImageGeneration(diffusion=DiffusionSpec(steps=50), sampling=SamplingSpec(sampler="ddpm", steps=50))
+    for steps, finite in ((49, True), (50, False)):
+        pipeline = ClassConditionalPipeline(denoiser().model, make_sampler("dpm", noising(), True, pixels=True))
+        images = generate(pipeline, torch.tensor([1]), guidance=1.0, steps=steps, seed=0, batch_size=1)
+        assert bool(images.isfinite().all()) == finite
+
+
+def test_by_default_as_many_images_are_generated_as_the_test_split_has(monkeypatch):
+    task = ImageGeneration(test_size=30, sampling=SamplingSpec(steps=1))
+    splits = task.load_data(Pretrained({"teacher": None}))
+    seen = []
+    monkeypatch.setattr(
+        "squeezeheads.evaluation.image_metrics.features_of",
+        lambda module, images, size: seen.append(images) or torch.randn(len(images), 3),
+    )
+    model = task.build(task.new_config({"model_type": "dit", "num_attention_heads": 1, "attention_head_dim": 8,
+                                        "num_layers": 1, "patch_size": 4}, "student"), "sdpa")  # fmt: skip
+    assert task.measure(model, splits.test, 8).keys() >= set(task.columns)
+    assert [len(images) for images in seen] == [30, 30]
+
+
+def test_a_test_split_of_a_few_images_measures_none(tmp_path):
+    for split, count in (("train", 40), ("test", 1)):
+        for name in ("black", "grey", "white"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (8, 8), number).save(tmp_path / split / name / f"{number:02}.png")
+    task = ImageGeneration(data=str(tmp_path), image_size=8, validation_size=12)
+    with pytest.raises(RecipeError, match=r"the test split has 3 images, .* at least 4: set sampling.images to 0"):
+        task.load_data(Pretrained({"teacher": None}))
+    task.sampling.images = 0
+    assert len(task.load_data(Pretrained({"teacher": None})).test) == 3 and task.columns == ("noise_error",)
 
 
 def test_generated_images_are_compared_with_all_classes(tmp_path, monkeypatch):

@@ -36,6 +36,9 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 MEASURE_SEED = 2**31
 """Draws of validation and test: those of no training, whose seeds are smaller in every recipe that is likely."""
 
+LEAST_IMAGES = 4
+"""Images that precision and recall need: one, and its three nearest others."""
+
 
 @dataclass
 class DiffusionSpec:
@@ -97,9 +100,9 @@ class SamplingSpec:
     """Of the noise that images start from."""
     batch_size: int = 64
     """Images generated at a time; the images do not depend on it."""
-    images: int = 1000
+    images: int | None = None
     """Images generated for the metrics, evenly over the classes, compared with as many of the test split, likewise
-    evenly; 0 leaves those metrics out."""
+    evenly; left out: as many as the test split has. 0 leaves those metrics out."""
     features: str = "pixels"
     """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
     transformers."""
@@ -114,9 +117,14 @@ class SamplingSpec:
         for name in ("steps", "batch_size", "grid_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
-        for name in ("images", "grid_every", "guidance", "seed"):
+        for name in ("grid_every", "guidance", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
+        if self.images is not None and self.images != 0 and self.images < LEAST_IMAGES:
+            raise ValueError(
+                f"images={self.images}: expected at least {LEAST_IMAGES} (each has a third nearest other one), or 0 for "
+                "no metrics of images."
+            )
 
 
 @dataclass
@@ -164,13 +172,22 @@ class ImageGeneration(Task):
         for name in ("validation_size", "test_size"):
             if getattr(self, name) < 10:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 10.")
+        # With as many steps as the noise schedule, diffusers' DPM-Solver++ takes one time twice and divides by 0.
+        steps, most = self.sampling.steps, self.diffusion.steps - (self.sampling.sampler == "dpm")
+        if steps > most:
+            raise ValueError(
+                f"sampling.steps={steps}: expected at most {most} for the sampler {self.sampling.sampler} where "
+                f"diffusion.steps={self.diffusion.steps}."
+            )
         self._levels = 256
 
     @property
     def columns(self) -> tuple[str, ...]:
-        measured = ("frechet_distance", "precision", "recall") if self.sampling.images else ()
-        accuracy = ("class_accuracy",) if self.sampling.images and self.classifier else ()
-        inception = ("fid", "sfid", "inception_score") if self.sampling.images and self.sampling.inception else ()
+        if self.sampling.images == 0:
+            return (self.metric,)
+        measured = ("frechet_distance", "precision", "recall")
+        accuracy = ("class_accuracy",) if self.classifier else ()
+        inception = ("fid", "sfid", "inception_score") if self.sampling.inception else ()
         return (self.metric, *measured, *accuracy, *inception)
 
     # -- data --------------------------------------------------------------------------------------------------------
@@ -191,6 +208,7 @@ class ImageGeneration(Task):
         channels = found["train"].own_channels
         self._shape: tuple[int, int] = (channels, size)
         self._levels = found["train"].white + 1
+        self._check_images(len(parts["test"].indices))
         squares = {id(part.images): SquareImages(part.images, channels, size) for part in parts.values()}
         self._test_pixels = (squares[id(parts["test"].images)], evenly(parts["test"]))
         encoded = {key: self._encoded(images) for key, images in squares.items()}
@@ -201,6 +219,20 @@ class ImageGeneration(Task):
             splits.append(SeededImages(encoded[id(images)], labels, seed, chosen))
         self._parts = list(zip(splits, parts.values(), strict=True))
         return Splits(splits[0], splits[1], splits[2])
+
+    def _check_images(self, tested: int) -> None:
+        """Whether the test split has as many images as are generated for the metrics."""
+        count = tested if self.sampling.images is None else self.sampling.images
+        if count > tested:
+            raise RecipeError(
+                f"sampling.images={count}: they are compared with as many of the test split, which has {tested}. Lower "
+                "images, or raise test_size where the data have more."
+            )
+        if 0 < tested < LEAST_IMAGES and count:
+            raise RecipeError(
+                f"data={self.data!r}: the test split has {tested} images, and metrics of generated images need at "
+                f"least {LEAST_IMAGES}: set sampling.images to 0, or give other data."
+            )
 
     def fingerprint(self, samples: Sequence[Mapping[str, Any]]) -> str:
         """SHA-256 of the split's stored images and labels: nothing is decoded, encoded or drawn."""
@@ -452,12 +484,13 @@ class ImageGeneration(Task):
 
         metrics = self.score(model, samples, batch_size)
         spec = self.sampling
-        if not spec.images:
+        if spec.images == 0:
             return metrics
-        labels = torch.arange(spec.images) % self._classes
-        generated = self.generate(model, labels)
         images, chosen = self._test_pixels
-        real = torch.stack([images[i] for i in chosen[: spec.images]]) / 2 + 0.5
+        chosen = chosen[: spec.images]
+        labels = torch.arange(len(chosen)) % self._classes
+        generated = self.generate(model, labels)
+        real = torch.stack([images[i] for i in chosen]) / 2 + 0.5
         module: Any = torch.nn.Flatten() if spec.features == "pixels" else self._image_model(spec.features, False)
         known, found = (features_of(module, images, spec.batch_size) for images in (real, generated))
         metrics["frechet_distance"] = frechet_distance(known, found)
