@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from squeezeheads.distillation import evaluating
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig
     from squeezeheads.diffusion.draws import Noising
     from squeezeheads.diffusion.pipeline import ClassConditionalPipeline
+    from squeezeheads.evaluation.inception import InceptionMetrics
     from squeezeheads.tasks.image_model import ImageModel
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -103,9 +104,10 @@ class SamplingSpec:
     images: int | None = None
     """Images generated for the metrics, evenly over the classes, compared with as many of the test split, likewise
     evenly; left out: as many as the test split has. 0 leaves those metrics out."""
-    features: str = "pixels"
+    features: str | None = "pixels"
     """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
-    transformers."""
+    transformers. null leaves these metrics out: for large images without such a model, because memory grows with the
+    square of the number of features."""
     inception: bool = False
     """Also FID, sFID and Inception score, where torch-fidelity and its weights are installed."""
     grid_every: int = 0
@@ -122,8 +124,8 @@ class SamplingSpec:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
         if self.images is not None and self.images != 0 and self.images < LEAST_IMAGES:
             raise ValueError(
-                f"images={self.images}: expected at least {LEAST_IMAGES} (each has a third nearest other one), or 0 for "
-                "no metrics of images."
+                f"images={self.images}: expected at least {LEAST_IMAGES} (each has a third nearest other), or 0 for no "
+                "metrics of images."
             )
 
 
@@ -185,7 +187,7 @@ class ImageGeneration(Task):
     def columns(self) -> tuple[str, ...]:
         if self.sampling.images == 0:
             return (self.metric,)
-        measured = ("frechet_distance", "precision", "recall")
+        measured = ("frechet_distance", "precision", "recall") if self.sampling.features is not None else ()
         accuracy = ("class_accuracy",) if self.classifier else ()
         inception = ("fid", "sfid", "inception_score") if self.sampling.inception else ()
         return (self.metric, *measured, *accuracy, *inception)
@@ -206,9 +208,11 @@ class ImageGeneration(Task):
         self._class_names = found["train"].classes
         self._classes = len(self._class_names)
         channels = found["train"].own_channels
-        self._shape: tuple[int, int] = (channels, size)
+        self._image_shape = (channels, size)
+        self._shape: tuple[int, int] = self._image_shape
         self._levels = found["train"].white + 1
         self._check_images(len(parts["test"].indices))
+        self._load_judges()
         squares = {id(part.images): SquareImages(part.images, channels, size) for part in parts.values()}
         self._test_pixels = (squares[id(parts["test"].images)], evenly(parts["test"]))
         encoded = {key: self._encoded(images) for key, images in squares.items()}
@@ -474,43 +478,78 @@ class ImageGeneration(Task):
 
     def measure(self, model: Any, samples: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
         """What ``score`` says, and the metrics of generated images."""
-        from squeezeheads.evaluation.image_metrics import (
-            class_accuracy,
-            features_of,
-            frechet_distance,
-            inception_metrics,
-            precision_and_recall,
-        )
+        from squeezeheads.evaluation.image_metrics import measure_images
 
         metrics = self.score(model, samples, batch_size)
         spec = self.sampling
-        if spec.images == 0:
+        if not self._judged:
             return metrics
         images, chosen = self._test_pixels
         chosen = chosen[: spec.images]
         labels = torch.arange(len(chosen)) % self._classes
-        generated = self.generate(model, labels)
-        real = torch.stack([images[i] for i in chosen]) / 2 + 0.5
-        module: Any = torch.nn.Flatten() if spec.features == "pixels" else self._image_model(spec.features, False)
-        known, found = (features_of(module, images, spec.batch_size) for images in (real, generated))
-        metrics["frechet_distance"] = frechet_distance(known, found)
-        metrics["precision"], metrics["recall"] = precision_and_recall(known, found)
-        if self.classifier is not None:
-            classifier = self._image_model(self.classifier, True)
-            metrics["class_accuracy"] = class_accuracy(classifier, generated, labels, spec.batch_size)
-        if spec.inception:
-            metrics |= inception_metrics(real, generated, spec.batch_size)
-        return metrics
+        return metrics | measure_images(
+            _stacked(images, chosen, spec.batch_size),
+            self.generated(model, labels),
+            features=None if self._features is None else self._features.to(model.device),
+            classifier=None if self._classifier is None else self._classifier.to(model.device),
+            labels=labels,
+            inception=None if self._inception is None else self._inception.to(model.device),
+        )
 
-    def _image_model(self, path: str, classifies: bool) -> ImageModel:
+    @property
+    def _judged(self) -> bool:
+        """Whether any metric asks for generated images."""
+        spec = self.sampling
+        return spec.images != 0 and (spec.features is not None or self.classifier is not None or spec.inception)
+
+    def _load_judges(self) -> None:
+        """What judges generated images is loaded with the data: what is amiss with it shows before any training."""
+        if self._judged:
+            _ = self._features, self._classifier, self._inception
+
+    @cached_property
+    def _features(self) -> nn.Module | None:
+        """What the Fréchet distance goes by."""
+        path = self.sampling.features
+        if path is None:
+            return None
+        return torch.nn.Flatten() if path == "pixels" else self._judge(path, "sampling.features", classifies=False)
+
+    @cached_property
+    def _classifier(self) -> nn.Module | None:
+        """What judges the class."""
+        path = self.classifier
+        if path is None:
+            return None
+        model = self._judge(path, "classifier", classifies=True)
+        if model.classes != self._classes:
+            raise RecipeError(f"classifier={path!r} tells {model.classes} classes apart, the data has {self._classes}.")
+        check_class_order(model.model.config, self._class_names, f"classifier={path!r}")
+        return model
+
+    def _judge(self, path: str, key: str, *, classifies: bool) -> ImageModel:
+        """A vision model that was tried on one image: not every model that can be loaded takes images."""
         from squeezeheads.tasks.image_model import ImageModel
 
-        model = ImageModel(path, classifies=classifies)
-        if classifies and model.classes != self._classes:
-            raise RecipeError(f"classifier={path!r} tells {model.classes} classes apart, the data has {self._classes}.")
-        if classifies:
-            check_class_order(model.model.config, self._class_names, f"classifier={path!r}")
+        channels, size = self._image_shape
+        try:
+            model = ImageModel(path, classifies=classifies)
+            with torch.no_grad():
+                model(torch.zeros(1, channels, size, size))
+        except RecipeError as error:
+            raise RecipeError(f"{key}: {error}") from error
+        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+            raise RecipeError(
+                f"{key}={path!r} cannot judge images of {channels} × {size} × {size}: {in_short(error)} Name a vision "
+                "model of transformers."
+            ) from error
         return model
+
+    @cached_property
+    def _inception(self) -> InceptionMetrics | None:
+        from squeezeheads.evaluation.inception import InceptionMetrics
+
+        return InceptionMetrics() if self.sampling.inception else None
 
     def pipeline(self, model: Any) -> ClassConditionalPipeline:
         """The model with the recipe's sampler, as a diffusers pipeline."""
@@ -523,11 +562,15 @@ class ImageGeneration(Task):
 
     def generate(self, model: Any, labels: Tensor) -> Tensor:
         """(n, C, H, W) images from 0 to 1, one a label, in eval mode; draws on no global generator."""
-        from squeezeheads.diffusion.pipeline import generate
+        return torch.cat(list(self.generated(model, labels)))
+
+    def generated(self, model: Any, labels: Tensor) -> Iterator[Tensor]:
+        """The images of ``generate``, ``sampling.batch_size`` at a time, each made when it is asked for."""
+        from squeezeheads.diffusion.pipeline import generate_batches
 
         spec = self.sampling
         with evaluating(model):
-            return generate(
+            yield from generate_batches(
                 self.pipeline(model), labels, guidance=spec.guidance, steps=spec.steps, seed=spec.seed,
                 batch_size=spec.batch_size,
             )  # fmt: skip
@@ -539,6 +582,12 @@ class ImageGeneration(Task):
         columns = self.sampling.grid_columns
         labels = torch.arange(min(self._classes, 10)).repeat_interleave(columns)
         sample_grid(self.generate(model, labels), columns, file)
+
+
+def _stacked(images: Sequence[Tensor], chosen: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+    """Batches (B, C, H, W) from 0 to 1 of images from −1 to 1, decoded when they are asked for."""
+    for start in range(0, len(chosen), batch_size):
+        yield torch.stack([images[i] for i in chosen[start : start + batch_size]]) / 2 + 0.5
 
 
 def _schedule(scheduler: DDPMScheduler) -> str:
