@@ -19,6 +19,7 @@ from squeezeheads.diffusion import latents
 from squeezeheads.diffusion.latents import encode_images, latent_size, load_autoencoder
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks import ImageGeneration, Pretrained
+from squeezeheads.tasks.image_generation import SamplingSpec
 from squeezeheads.tasks.images import read_images
 from squeezeheads.tasks.square_images import SquareImages
 
@@ -208,3 +209,15 @@ def test_denoising_in_latents(tmp_path, capsys):
     assert metrics["frechet_distance"] > 0 and metrics["noise_error"] > 0.5
     with pytest.raises(RecipeError, match="nowhere"):
         load(autoencoder=str(tmp_path / "nowhere"))
+
+
+def test_grey_images_are_compared_with_what_an_autoencoder_of_colours_makes_of_them(tmp_path):
+    """It was found out when all was trained: 64 features against 192."""
+    autoencoder(channels=3).save_pretrained(tmp_path / "vae")
+    task, splits = load(
+        autoencoder=str(tmp_path / "vae"), latent_cache=str(tmp_path / "cache"),
+        sampling=SamplingSpec(steps=1, images=20),
+    )  # fmt: skip
+    sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "patch_size": 2}
+    model = task.build(task.new_config({"model_type": "dit", **sizes}, "teacher.config"), "sdpa")
+    assert task.measure(model, splits.test, 100)["frechet_distance"] > 0

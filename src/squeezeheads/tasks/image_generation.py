@@ -208,8 +208,9 @@ class ImageGeneration(Task):
         self._class_names = found["train"].classes
         self._classes = len(self._class_names)
         channels = found["train"].own_channels
-        self._image_shape = (channels, size)
-        self._shape: tuple[int, int] = self._image_shape
+        self._shape: tuple[int, int] = (channels, size)
+        # An autoencoder of three channels makes coloured images of grey ones.
+        self._image_shape = (channels if self._vae is None else self._vae.config.out_channels, size)
         self._levels = found["train"].white + 1
         self._check_images(len(parts["test"].indices))
         self._load_judges()
@@ -488,7 +489,7 @@ class ImageGeneration(Task):
         chosen = chosen[: spec.images]
         labels = torch.arange(len(chosen)) % self._classes
         return metrics | measure_images(
-            _stacked(images, chosen, spec.batch_size),
+            _stacked(images, chosen, self._image_shape[0], spec.batch_size),
             self.generated(model, labels),
             features=None if self._features is None else self._features.to(model.device),
             classifier=None if self._classifier is None else self._classifier.to(model.device),
@@ -584,10 +585,12 @@ class ImageGeneration(Task):
         sample_grid(self.generate(model, labels), columns, file)
 
 
-def _stacked(images: Sequence[Tensor], chosen: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-    """Batches (B, C, H, W) from 0 to 1 of images from −1 to 1, decoded when they are asked for."""
+def _stacked(images: Sequence[Tensor], chosen: Sequence[int], channels: int, batch_size: int) -> Iterator[Tensor]:
+    """Batches (B, channels, H, W) from 0 to 1 of images from −1 to 1, decoded when they are asked for; grey ones are
+    repeated."""
     for start in range(0, len(chosen), batch_size):
-        yield torch.stack([images[i] for i in chosen[start : start + batch_size]]) / 2 + 0.5
+        batch = torch.stack([images[i] for i in chosen[start : start + batch_size]]) / 2 + 0.5
+        yield batch.expand(-1, channels, -1, -1) if batch.shape[1] == 1 else batch
 
 
 def _schedule(scheduler: DDPMScheduler) -> str:
