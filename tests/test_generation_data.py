@@ -17,11 +17,11 @@ from safetensors.torch import load_file
 
 from squeezeheads.diffusion import latents
 from squeezeheads.diffusion.latents import encode_images, latent_size, load_autoencoder
+from squeezeheads.diffusion.specs import SamplingSpec
+from squeezeheads.diffusion.square_images import SquareImages
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks import ImageGeneration, Pretrained
-from squeezeheads.tasks.image_generation import SamplingSpec
 from squeezeheads.tasks.images import read_images
-from squeezeheads.tasks.square_images import SquareImages
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 

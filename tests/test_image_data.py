@@ -28,11 +28,11 @@ from transformers import (
 
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
+from squeezeheads.evaluation.image_model import ImageModel
 from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
 from squeezeheads.tasks.augmentation import Augmentation
-from squeezeheads.tasks.image_model import ImageModel
 from squeezeheads.tasks.image_processing import own_processor
 from squeezeheads.tasks.images import ArrayImages, DataSetImages, Part, SplitPlan
 from squeezeheads.tasks.normalisation import Normalisation, normalisation_of

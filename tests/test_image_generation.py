@@ -24,6 +24,7 @@ from squeezeheads.cli import main
 from squeezeheads.diffusion.callbacks import EMA_FILE, AveragedWeights, SampleGrids
 from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig, build_model
 from squeezeheads.diffusion.pipeline import SAMPLERS, ClassConditionalPipeline, generate, make_sampler
+from squeezeheads.diffusion.specs import DiffusionSpec, SamplingSpec
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.image_metrics import (
@@ -33,14 +34,13 @@ from squeezeheads.evaluation.image_metrics import (
     measure_images,
     precision_and_recall,
 )
+from squeezeheads.evaluation.image_model import ImageModel
 from squeezeheads.evaluation.inception import InceptionMetrics
 from squeezeheads.models import MDTTransformer2DModel
 from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
-from squeezeheads.tasks.image_generation import DiffusionSpec, SamplingSpec
-from squeezeheads.tasks.image_model import ImageModel
 from squeezeheads.trainer import SqueezeTrainer
 from test_diffusion import batch, denoiser, mdt, trainer
 from tiny import classifier, language_model, write_recipe

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from squeezeheads.diffusion.specs import LEAST_IMAGES, DiffusionSpec, SamplingSpec
+from squeezeheads.diffusion.square_images import SquareImages
 from squeezeheads.distillation import evaluating
-from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
 from squeezeheads.tasks.images import SplitPlan, check_class_order, evenly, read_images
-from squeezeheads.tasks.modeling import check_count, similar
-from squeezeheads.tasks.square_images import SquareImages
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -30,103 +29,9 @@ if TYPE_CHECKING:
     from squeezeheads.diffusion.draws import Noising
     from squeezeheads.diffusion.pipeline import ClassConditionalPipeline
     from squeezeheads.evaluation.inception import InceptionMetrics
-    from squeezeheads.tasks.image_model import ImageModel
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 MEASURE_SEED = 2**31
 """Draws of validation and test: those of no training, whose seeds are smaller in every recipe that is likely."""
-
-LEAST_IMAGES = 4
-"""Images that precision and recall need: one, and its three nearest others."""
-
-
-@dataclass
-class DiffusionSpec:
-    """How images are noised and what a denoiser is trained by."""
-
-    steps: int = 1000
-    """Steps T of the noise schedule."""
-    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """Noise schedule, by diffusers' names."""
-    beta_start: float = 0.0001
-    """Noise variance of the first step (of the schedules that have ends)."""
-    beta_end: float = 0.02
-    """Noise variance of the last step."""
-    learned_variance: bool = True
-    """Whether new models predict the variance of a step beside the noise."""
-    variational_weight: float = 0.001
-    """Factor of T times the variational term (bits per element), which trains the learned variance; 0 leaves it out."""
-    min_snr: float = 0.0
-    """k of the Min-SNR weight min(SNR, k) / SNR of the squared error; MDTv2 takes 5. 0 weighs all steps alike."""
-    label_drop: float = 0.1
-    """Probability that a training image is without its label, for classifier-free guidance."""
-    mask_ratio: list[float] = field(default_factory=lambda: [0.3, 0.5])
-    """Where the student is an MDT: between which shares of tokens the second pass of a batch masks. [] leaves that pass
-    out."""
-    ema_decay: float = 0.0
-    """Decay of the moving average of the weights, which is then what is saved and measured; DiT takes 0.9999 with long
-    training. 0: the weights themselves."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"steps={self.steps}: expected at least 2.")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"beta_start={self.beta_start} and beta_end={self.beta_end}: expected 0 < beta_start ≤ beta_end < 1."
-            )
-        if not 0 <= self.label_drop < 1:
-            raise ValueError(f"label_drop={self.label_drop}: expected a probability of less than 1.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: expected a number below 1, or 0 for no average.")
-        if self.mask_ratio and (len(self.mask_ratio) != 2 or not 0 <= self.mask_ratio[0] <= self.mask_ratio[1] < 1):
-            raise ValueError(f"mask_ratio={self.mask_ratio}: expected two shares [low, high] from 0 to below 1, or [].")
-        if not self.variational_weight >= 0:
-            raise ValueError(f"variational_weight={self.variational_weight}: expected at least 0.")
-        if not self.min_snr >= 0:
-            raise ValueError(f"min_snr={self.min_snr}: expected a positive number, or 0 for no weights.")
-
-
-@dataclass
-class SamplingSpec:
-    """How images are generated, and how they are measured."""
-
-    sampler: Literal["ddim", "dpm", "ddpm"] = "ddim"
-    """diffusers' scheduler: DDIM, DPM-Solver++, or ancestral sampling with the learned variance."""
-    steps: int = 50
-    """Steps of the sampler."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance; 1 is without."""
-    seed: int = 0
-    """Of the noise that images start from."""
-    batch_size: int = 64
-    """Images generated at a time; the images do not depend on it."""
-    images: int | None = None
-    """Images generated for the metrics, evenly over the classes, compared with as many of the test split, likewise
-    evenly; left out: as many as the test split has. 0 leaves those metrics out."""
-    features: str | None = "pixels"
-    """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
-    transformers. null leaves these metrics out: for large images without such a model, because memory grows with the
-    square of the number of features."""
-    inception: bool = False
-    """Also FID, sFID and Inception score, where torch-fidelity and its weights are installed."""
-    grid_every: int = 0
-    """Steps of training between grids of samples under figures/training; 0 draws one at the end alone."""
-    grid_columns: int = 8
-    """Images of each class in a grid."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "grid_columns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
-        for name in ("grid_every", "guidance", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
-        if self.images is not None and self.images != 0 and self.images < LEAST_IMAGES:
-            raise ValueError(
-                f"images={self.images}: expected at least {LEAST_IMAGES} (each has a third nearest other), or 0 for no "
-                "metrics of images."
-            )
 
 
 @dataclass
@@ -188,7 +93,7 @@ class ImageGeneration(Task):
         if self.sampling.images == 0:
             return (self.metric,)
         measured = ("frechet_distance", "precision", "recall") if self.sampling.features is not None else ()
-        accuracy = ("class_accuracy",) if self.classifier else ()
+        accuracy = ("class_accuracy",) if self.classifier is not None else ()
         inception = ("fid", "sfid", "inception_score") if self.sampling.inception else ()
         return (self.metric, *measured, *accuracy, *inception)
 
@@ -288,18 +193,9 @@ class ImageGeneration(Task):
 
     @cached_property
     def _scheduler(self) -> DDPMScheduler:
-        from diffusers import DDPMScheduler
+        from squeezeheads.diffusion.schedule import make_schedule
 
-        spec = self.diffusion
-        with torch.device("cpu"):  # also where a model is planned without weights
-            return DDPMScheduler(
-                num_train_timesteps=spec.steps,
-                beta_schedule=spec.schedule,
-                beta_start=spec.beta_start,
-                beta_end=spec.beta_end,
-                prediction_type="epsilon",
-                clip_sample=self._pixels,
-            )
+        return make_schedule(self.diffusion, pixels=self._pixels)
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return self._noising(samples)
@@ -331,39 +227,11 @@ class ImageGeneration(Task):
     # -- models ------------------------------------------------------------------------------------------------------
 
     def new_config(self, changes: Mapping[str, Any], key: str, base: DenoiserConfig | None = None) -> DenoiserConfig:
-        """The configuration of a new denoiser: ``model_type`` dit or mdt, and any option of its class."""
-        import inspect
-
-        from squeezeheads.diffusion.denoiser import DenoiserConfig, build_model, model_types
+        """The configuration of a new denoiser, see ``diffusion.configs.new_config``."""
+        from squeezeheads.diffusion.configs import new_config
 
         self._check_guidance(key)
-        options = dict(changes)
-        model_type = options.pop("model_type", base.model_type if base is not None else None)
-        if model_type not in model_types():
-            raise RecipeError(
-                f"{key}.model_type={model_type!r} is unknown: expected one of {', '.join(model_types())}."
-            )
-        kind: Any = model_types()[model_type]
-        known = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
-        for name, value in options.items():
-            if name not in known:
-                raise RecipeError(f"{key}.{name} is no option of {kind.__name__}.{similar(name, known)}")
-            check_count(name, value, key)
-        kept = copy.deepcopy(base.options) if base is not None else {}
-        # What both kinds have in common carries over from the teacher; the rest is each kind's own.
-        kept = {name: value for name, value in kept.items() if name in known}
-        merged = {**kept, **{k: v for k, v in self.data_config().items() if base is None}, **options}
-        try:
-            with torch.device("meta"):
-                model = build_model(DenoiserConfig(model_type, merged))
-        except (ValueError, TypeError, RuntimeError, NotImplementedError, ZeroDivisionError) as error:
-            raise RecipeError(f"{key}: {kind.__name__} refuses these options: {error}") from error
-        size, patch = merged["sample_size"], model.config.patch_size  # type: ignore[union-attr]
-        if size % patch:
-            raise RecipeError(
-                f"{key}: sample_size={size} is no multiple of patch_size={patch}: choose one that divides."
-            )
-        return DenoiserConfig(model_type, merged)
+        return new_config(changes, key, self.data_config(), base)
 
     def _check_guidance(self, key: str) -> None:
         """Whether a new model learns what guidance asks it for: pretrained ones may have learned it elsewhere."""
@@ -407,16 +275,18 @@ class ImageGeneration(Task):
             )
 
     def build(self, config: DenoiserConfig, attn_implementation: str, dtype: str = "float32") -> Denoiser:
+        from squeezeheads.diffusion.configs import check_kernel, number_type
         from squeezeheads.diffusion.denoiser import build_model
 
-        _check_kernel(attn_implementation)
-        return self._denoiser(build_model(config).to(_number_type(dtype)))
+        check_kernel(attn_implementation)
+        return self._denoiser(build_model(config).to(number_type(dtype)))
 
     def load(self, path: str, attn_implementation: str = "sdpa", dtype: str = "float32") -> Denoiser:
+        from squeezeheads.diffusion.configs import check_kernel, number_type
         from squeezeheads.diffusion.denoiser import load_model
 
-        _check_kernel(attn_implementation)
-        return self._denoiser(load_model(path, _number_type(dtype)))
+        check_kernel(attn_implementation)
+        return self._denoiser(load_model(path, number_type(dtype)))
 
     def _denoiser(self, model: nn.Module) -> Denoiser:
         from squeezeheads.diffusion.denoiser import Denoiser
@@ -435,27 +305,10 @@ class ImageGeneration(Task):
         self._scheduler.save_pretrained(folder / "scheduler")
 
     def check_companions(self, path: str, whose: str) -> None:
-        """Whether a model was trained on the recipe's noise schedule, where one lies beside it: what it predicts on
-        another's images means nothing, and nothing would fail."""
-        from squeezeheads.diffusion.denoiser import load_schedule
+        """See ``diffusion.schedule.check_schedule``."""
+        from squeezeheads.diffusion.schedule import check_schedule
 
-        try:
-            theirs = load_schedule(path)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise RecipeError(f"{whose}: its noise schedule cannot be read: {error}") from error
-        if theirs is None:
-            return
-        if theirs.config.prediction_type != "epsilon":
-            raise RecipeError(
-                f"{whose} predicts {theirs.config.prediction_type}: expected a model that predicts noise."
-            )
-        mine = self._scheduler
-        if theirs.betas.shape != mine.betas.shape or not torch.allclose(theirs.betas, mine.betas, rtol=1e-3, atol=0):
-            raise RecipeError(
-                f"{whose} was trained with another noise schedule, {_schedule(theirs)}; the recipe's is "
-                f"{_schedule(mine)}. Set steps, schedule, beta_start and beta_end of task.image_generation.diffusion "
-                "as the model has them."
-            )
+        check_schedule(path, whose, self._scheduler)
 
     @property
     def _pixels(self) -> bool:
@@ -511,39 +364,27 @@ class ImageGeneration(Task):
     @cached_property
     def _features(self) -> nn.Module | None:
         """What the Fréchet distance goes by."""
+        from squeezeheads.evaluation.image_model import load_judge
+
         path = self.sampling.features
         if path is None:
             return None
-        return torch.nn.Flatten() if path == "pixels" else self._judge(path, "sampling.features", classifies=False)
+        if path == "pixels":
+            return torch.nn.Flatten()
+        return load_judge(path, self._image_shape, "sampling.features", classifies=False)
 
     @cached_property
     def _classifier(self) -> nn.Module | None:
         """What judges the class."""
+        from squeezeheads.evaluation.image_model import load_judge
+
         path = self.classifier
         if path is None:
             return None
-        model = self._judge(path, "classifier", classifies=True)
+        model = load_judge(path, self._image_shape, "classifier", classifies=True)
         if model.classes != self._classes:
             raise RecipeError(f"classifier={path!r} tells {model.classes} classes apart, the data has {self._classes}.")
         check_class_order(model.model.config, self._class_names, f"classifier={path!r}")
-        return model
-
-    def _judge(self, path: str, key: str, *, classifies: bool) -> ImageModel:
-        """A vision model that was tried on one image: not every model that can be loaded takes images."""
-        from squeezeheads.tasks.image_model import ImageModel
-
-        channels, size = self._image_shape
-        try:
-            model = ImageModel(path, classifies=classifies)
-            with torch.no_grad():
-                model(torch.zeros(1, channels, size, size))
-        except RecipeError as error:
-            raise RecipeError(f"{key}: {error}") from error
-        except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-            raise RecipeError(
-                f"{key}={path!r} cannot judge images of {channels} × {size} × {size}: {in_short(error)} Name a vision "
-                "model of transformers."
-            ) from error
         return model
 
     @cached_property
@@ -591,22 +432,3 @@ def _stacked(images: Sequence[Tensor], chosen: Sequence[int], channels: int, bat
     for start in range(0, len(chosen), batch_size):
         batch = torch.stack([images[i] for i in chosen[start : start + batch_size]]) / 2 + 0.5
         yield batch.expand(-1, channels, -1, -1) if batch.shape[1] == 1 else batch
-
-
-def _schedule(scheduler: DDPMScheduler) -> str:
-    options = scheduler.config
-    if options.trained_betas is not None:
-        return f"{options.num_train_timesteps} steps of its own"
-    ends = "" if options.beta_schedule == "squaredcos_cap_v2" else f" from {options.beta_start} to {options.beta_end}"
-    return f"{options.num_train_timesteps} steps, {options.beta_schedule}{ends}"
-
-
-def _check_kernel(attn_implementation: str) -> None:
-    if attn_implementation != "sdpa":
-        raise ValueError(f"attn_implementation={attn_implementation!r}: diffusers' transformers run on sdpa here.")
-
-
-def _number_type(dtype: str) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} for a diffusion model.")
-    return DTYPES[dtype]

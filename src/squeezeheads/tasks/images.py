@@ -53,6 +53,11 @@ class ImageSet:
         raise NotImplementedError
 
     @property
+    def identity(self) -> str:
+        """A string that changes when any of the images does."""
+        raise NotImplementedError
+
+    @property
     def own_size(self) -> int | None:
         """Height and width where all images are squares of one size, else ``None``."""
         return None
@@ -85,6 +90,10 @@ class ArrayImages(ImageSet):
         yield repr((len(indices), *self.pixels.shape[1:])).encode()
         for index in indices:
             yield self.pixels[index].tobytes()
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(self.pixels.tobytes()).hexdigest()
 
     @property
     def own_size(self) -> int | None:
@@ -135,6 +144,10 @@ class DataSetImages(ImageSet):
             if size is None and name is not None and Path(name).is_file():
                 size = Path(name).stat().st_size
             yield repr((Path(name or "").name, size)).encode()
+
+    @property
+    def identity(self) -> str:
+        return str(self.data._fingerprint)  # of `datasets`: by the files that were read
 
 
 def read_images(source: str, image_column: str | None, label_column: str | None) -> dict[str, ImageSet]:

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from squeezeheads.tasks.images import ArrayImages, ImageSet, Pixels
+if TYPE_CHECKING:
+    from squeezeheads.tasks.images import ImageSet, Pixels
 
 
 class SquareImages(Sequence[Tensor]):
@@ -38,12 +38,7 @@ class SquareImages(Sequence[Tensor]):
     @property
     def identity(self) -> list[Any]:
         """Plain data that changes when the images do."""
-        images: Any = self.images
-        if isinstance(images, ArrayImages):
-            source = hashlib.sha256(images.pixels.tobytes()).hexdigest()
-        else:
-            source = images.data._fingerprint  # of `datasets`: by the files that were read
-        return [self.channels, self.size, len(images), source]
+        return [self.channels, self.size, len(self.images), self.images.identity]
 
 
 def _square(pixels: Pixels, size: int) -> Pixels:
