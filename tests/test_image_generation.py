@@ -894,6 +894,15 @@ def test_without_features_large_images_are_measured_batch_by_batch(monkeypatch):
     assert len(most) == 6 and max(most) <= 2, "the one that is measured, and the one before it"
 
 
+@pytest.mark.parametrize(("given", "meant"), [("null", None), ("models/dino", "models/dino")])
+def test_features_may_be_null_in_a_file_and_on_the_command_line(tmp_path, given, meant):
+    key = "task__image_generation__sampling__features"
+    assert load_recipe(write(tmp_path, **{key: meant})).chosen_task.sampling.features == meant
+    override = f"--{key.replace('__', '.')}"
+    for options in ([override, given], [f"{override}={given}"]):
+        assert load_recipe(write(tmp_path), options).chosen_task.sampling.features == meant
+
+
 def test_nothing_is_generated_where_nothing_judges(monkeypatch):
     task = ImageGeneration(sampling=SamplingSpec(features=None))
     splits = task.load_data(Pretrained({"teacher": None}))

@@ -69,9 +69,9 @@ class SamplingSpec:
     """Of the noise that images start from."""
     batch_size: int = 64
     """Images generated at a time; the images do not depend on it."""
-    images: int | None = None
+    images: int | Literal["all"] = "all"
     """Images generated for the metrics, evenly over the classes, compared with as many of the test split, likewise
-    evenly; left out: as many as the test split has. 0 leaves those metrics out."""
+    evenly; all: as many as the test split has. 0 leaves those metrics out."""
     features: str | None = "pixels"
     """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
     transformers. null leaves these metrics out: for large images without such a model, because memory grows with the
@@ -84,14 +84,16 @@ class SamplingSpec:
     """Images of each class in a grid."""
 
     def __post_init__(self) -> None:
+        if self.features == "None":  # so jsonargparse hands on the null of a command line, this deep in a recipe
+            self.features = None
         for name in ("steps", "batch_size", "grid_columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
         for name in ("grid_every", "guidance", "seed"):
             if not getattr(self, name) >= 0:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
-        if self.images is not None and self.images != 0 and self.images < LEAST_IMAGES:
+        if self.images != "all" and self.images != 0 and self.images < LEAST_IMAGES:
             raise ValueError(
-                f"images={self.images}: expected at least {LEAST_IMAGES} (each has a third nearest other), or 0 for no "
-                "metrics of images."
+                f"images={self.images}: expected at least {LEAST_IMAGES} (each has a third nearest other), 0 for no "
+                "metrics of images, or all."
             )

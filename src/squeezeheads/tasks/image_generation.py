@@ -130,9 +130,13 @@ class ImageGeneration(Task):
         self._parts = list(zip(splits, parts.values(), strict=True))
         return Splits(splits[0], splits[1], splits[2])
 
+    def _image_count(self, tested: int) -> int:
+        """How many images are generated for the metrics, where the test split has ``tested``."""
+        return tested if self.sampling.images == "all" else self.sampling.images
+
     def _check_images(self, tested: int) -> None:
         """Whether the test split has as many images as are generated for the metrics."""
-        count = tested if self.sampling.images is None else self.sampling.images
+        count = self._image_count(tested)
         if count > tested:
             raise RecipeError(
                 f"sampling.images={count}: they are compared with as many of the test split, which has {tested}. Lower "
@@ -339,7 +343,7 @@ class ImageGeneration(Task):
         if not self._judged:
             return metrics
         images, chosen = self._test_pixels
-        chosen = chosen[: spec.images]
+        chosen = chosen[: self._image_count(len(chosen))]
         labels = torch.arange(len(chosen)) % self._classes
         return metrics | measure_images(
             _stacked(images, chosen, self._image_shape[0], spec.batch_size),
