@@ -29,13 +29,13 @@ from transformers import (
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.image_model import ImageModel
+from squeezeheads.image_inputs.normalisation import Normalisation, normalisation_of
+from squeezeheads.image_inputs.processing import own_processor
 from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
 from squeezeheads.tasks.augmentation import Augmentation
-from squeezeheads.tasks.image_processing import own_processor
 from squeezeheads.tasks.images import ArrayImages, DataSetImages, Part, SplitPlan
-from squeezeheads.tasks.normalisation import Normalisation, normalisation_of
 from test_cli import recipe  # noqa: F401 (a fixture)
 from tiny import classifier
 

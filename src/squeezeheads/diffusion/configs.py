@@ -10,8 +10,7 @@ from typing import Any
 import torch
 
 from squeezeheads.diffusion.denoiser import DenoiserConfig, build_model, model_types
-from squeezeheads.errors import RecipeError
-from squeezeheads.options import check_count, similar
+from squeezeheads.errors import RecipeError, check_count, similar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

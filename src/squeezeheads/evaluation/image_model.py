@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from squeezeheads.errors import RecipeError, in_short
-from squeezeheads.tasks.image_processing import View, own_processor
-from squeezeheads.tasks.normalisation import Normalisation
+from squeezeheads.image_inputs.normalisation import Normalisation
+from squeezeheads.image_inputs.processing import View, own_processor
 
 
 class ImageModel(nn.Module):

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from squeezeheads.errors import RecipeError, in_short
-from squeezeheads.options import check_count, similar
+from squeezeheads.errors import RecipeError, check_count, in_short, similar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
