@@ -68,7 +68,7 @@ class Meter:
         from benchmarks.efficientnet import Features
         from benchmarks.generation_training import GenerationBench
         from squeezeheads.evaluation.image_metrics import features_of
-        from squeezeheads.tasks.image_model import ImageModel
+        from squeezeheads.evaluation.image_model import ImageModel
 
         if not (CLASSIFIER / "config.json").is_file():
             raise SystemExit(f"no classifier under {CLASSIFIER}: run `python -m benchmarks.classification` first.")
@@ -98,19 +98,16 @@ class Meter:
 
     def line(self, name: str, run: Run | None, seed: int) -> dict[str, Any]:
         """Measure, and draw the grid of the first seed."""
-        from squeezeheads.evaluation.image_metrics import (
-            class_accuracy,
-            features_of,
-            frechet_distance,
-            precision_and_recall,
-        )
+        from squeezeheads.evaluation.image_metrics import measure_images
         from squeezeheads.reports.sample_grid import sample_grid
 
         start = time.process_time()
         images, labels = self.images(name, run, seed)
         size = self.bench.task.sampling.batch_size
-        found = features_of(self.features, images, size)
-        precision, recall = precision_and_recall(self.real_features, found)
+        measured = measure_images(
+            (), images.split(size), features=self.features, real_features=self.real_features,
+            classifier=self.classifier, labels=labels,
+        )  # fmt: skip
         if seed == 0:
             order = [index for c in range(10) for index in (labels == c).nonzero().flatten()[:COLUMNS].tolist()]
             sample_grid(images[order], COLUMNS, grid_of(self.kind, name))
@@ -118,10 +115,7 @@ class Meter:
             "name": name,
             "run": None if run is None else run.__dict__,
             "seed": seed,
-            "frechet_distance": frechet_distance(self.real_features, found),
-            "precision": precision,
-            "recall": recall,
-            "class_accuracy": class_accuracy(self.classifier, images, labels, size),
+            **{metric: measured[metric] for metric in METRICS},
             "images": len(images),
             "seconds": time.process_time() - start,
             "made_by": describe_run(),

@@ -58,8 +58,8 @@ class GenerationBench(StudentBench):
     weight_decay = 0.0
 
     def __init__(self, kind: str, work: Path) -> None:
+        from squeezeheads.diffusion.specs import DiffusionSpec, SamplingSpec
         from squeezeheads.tasks import ImageGeneration
-        from squeezeheads.tasks.image_generation import DiffusionSpec, SamplingSpec
 
         if not Path(IMAGES).is_dir():
             raise SystemExit(f"no images under {IMAGES}: run `make assets-data` first.")

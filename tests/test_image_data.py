@@ -28,14 +28,14 @@ from transformers import (
 
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
+from squeezeheads.evaluation.image_model import ImageModel
+from squeezeheads.image_inputs.normalisation import Normalisation, normalisation_of
+from squeezeheads.image_inputs.processing import own_processor
 from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
 from squeezeheads.tasks.augmentation import Augmentation
-from squeezeheads.tasks.image_model import ImageModel
-from squeezeheads.tasks.image_processing import own_processor
-from squeezeheads.tasks.images import DataSetImages, Part
-from squeezeheads.tasks.normalisation import Normalisation, normalisation_of
+from squeezeheads.tasks.images import ArrayImages, DataSetImages, Part, SplitPlan
 from test_cli import recipe  # noqa: F401 (a fixture)
 from tiny import classifier
 
@@ -247,6 +247,26 @@ def test_hub_data_set(tmp_path, monkeypatch):
 def test_sources_that_cannot_be_are_named(options, message):
     with pytest.raises(RecipeError, match=message):
         ImageClassification(**options).load_data(NEW)
+
+
+@pytest.mark.parametrize("limit", [999, 995, 991, 990])
+def test_a_limit_close_to_the_whole_leaves_out_no_class_twice(limit):
+    """Fewer images are left out than there are classes: scikit-learn's stratified draw refuses that."""
+    whole = ImageClassification(data="digits").load_data(NEW).train
+    part, again = (ImageClassification(data="digits", max_train=limit).load_data(NEW).train for _ in range(2))
+    kept, everything = part.part.indices, whole.part.indices
+    assert len(set(kept)) == limit and set(kept) < set(everything)
+    left_out = np.bincount(whole.part.images.labels[list(set(everything) - set(kept))])
+    assert left_out.max() == 1, "spread over the classes"
+    assert (kept == again.part.indices).all(), "the seed decides"
+
+
+def test_a_limit_close_to_the_whole_takes_no_class_s_only_image():
+    images = ArrayImages(np.array([0] * 12 + [1] + [2] * 12), ["a", "b", "c"], np.zeros((25, 8, 8), np.uint8))
+    for seed in range(8):
+        plan = SplitPlan(10, 10, None, seed, {"test": 23})
+        part = plan.apply({"train": images, "validation": images, "test": images})["test"]
+        assert len(part.indices) == 23 and 12 in part.indices
 
 
 @pytest.mark.parametrize(

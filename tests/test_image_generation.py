@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,25 +24,26 @@ from squeezeheads.cli import main
 from squeezeheads.diffusion.callbacks import EMA_FILE, AveragedWeights, SampleGrids
 from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig, build_model
 from squeezeheads.diffusion.pipeline import SAMPLERS, ClassConditionalPipeline, generate, make_sampler
+from squeezeheads.diffusion.specs import DiffusionSpec, SamplingSpec
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.image_metrics import (
     class_accuracy,
     features_of,
     frechet_distance,
-    inception_metrics,
+    measure_images,
     precision_and_recall,
 )
+from squeezeheads.evaluation.image_model import ImageModel
+from squeezeheads.evaluation.inception import InceptionMetrics
 from squeezeheads.models import MDTTransformer2DModel
 from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import load_recipe
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
-from squeezeheads.tasks.image_generation import DiffusionSpec, SamplingSpec
-from squeezeheads.tasks.image_model import ImageModel
 from squeezeheads.trainer import SqueezeTrainer
 from test_diffusion import batch, denoiser, mdt, trainer
-from tiny import classifier, write_recipe
+from tiny import classifier, language_model, write_recipe
 
 SMALL = {
     "task": {
@@ -176,6 +178,15 @@ MISTAKES = {
     "decay": ({"task__image_generation__diffusion__ema_decay": 1.0}, "ema_decay=1.0"),
     "snr": ({"task__image_generation__diffusion__min_snr": -1.0}, "min_snr=-1.0"),
     "betas": ({"task__image_generation__diffusion__beta_end": 2.0}, "beta_end=2.0"),
+    "more steps than the schedule has": (
+        {"task__image_generation__sampling__steps": 100},
+        "sampling.steps=100: expected at most 50 for the sampler ddim where diffusion.steps=50",
+    ),
+    "two images": ({"task__image_generation__sampling__images": 2}, "images=2: expected at least 4"),
+    "more images than the test split": (
+        {"task__image_generation__sampling__images": 501},
+        "sampling.images=501: they are compared with as many of the test split, which has 500",
+    ),
     "sampler": ({"task__image_generation__sampling__sampler": "euler"}, "euler"),
     "no such teacher": ({"teacher": {"path": "nowhere/at/all"}}, "nowhere/at/all"),
     "odd encoder": (
@@ -185,6 +196,10 @@ MISTAKES = {
             "teacher__config__num_decoder_layers": 2,
         },
         "leaves 1 layers for the encoder",
+    ),
+    "guidance of a new teacher": (
+        {"task__image_generation__diffusion__label_drop": 0.0, "task__image_generation__sampling__guidance": 2.0},
+        "teacher.config makes a new model, and sampling.guidance=2.0 asks",
     ),
     "logits of diffusion": ({"objectives": {"logits": {}}}, "objectives.logits compares distributions over classes"),
 }
@@ -316,6 +331,18 @@ def test_a_teacher_of_another_noise_schedule_is_refused(tmp_path, capsys):
     (plain / "scheduler" / "scheduler_config.json").write_text("{")
     with pytest.raises(RecipeError, match="its noise schedule cannot be read"):
         task.check_companions(str(plain), "the model")
+
+
+def test_guidance_needs_dropped_labels_where_a_model_is_new(tmp_path):
+    """A pretrained one has perhaps learned elsewhere what it predicts for no class; its new student has not."""
+    denoiser(sample_size=8).model.save_pretrained(tmp_path / "plain")
+    task = ImageGeneration(diffusion=DiffusionSpec(label_drop=0.0), sampling=SamplingSpec(guidance=0.0))
+    task.load_data(Pretrained({"teacher": str(tmp_path / "plain")}))
+    base = task.pretrained_config(str(tmp_path / "plain"), "teacher.path")
+    with pytest.raises(RecipeError, match=r"student.config makes .*guidance=0.0 .*label_drop=0.0 .*guidance of its"):
+        task.new_config({"num_layers": 1}, "student.config", base)
+    task.sampling.guidance = 1.0
+    assert task.new_config({"num_layers": 1}, "student.config", base).options["num_layers"] == 1
 
 
 def test_new_denoisers_have_the_type_asked_for(tmp_path):
@@ -678,7 +705,11 @@ def test_fid_without_its_network_is_an_error_that_says_what_to_do():
         import torch_fidelity  # noqa: F401
     except ImportError:
         with pytest.raises(RecipeError, match="torch-fidelity"):
-            inception_metrics(torch.rand(4, 1, 8, 8), torch.rand(4, 1, 8, 8), 2)
+            InceptionMetrics()
+
+
+def inception_metrics(real: torch.Tensor, generated: torch.Tensor, size: int) -> dict[str, float]:
+    return measure_images(real.split(size), generated.split(size), inception=InceptionMetrics())
 
 
 class Inception(nn.Module):
@@ -742,7 +773,7 @@ def test_the_real_inception_network_has_the_layer(monkeypatch):
     monkeypatch.setattr(network.FeatureExtractorInceptionV3, "load_state_dict", lambda *_, **__: None)
     widths = []
     monkeypatch.setattr(
-        "squeezeheads.evaluation.image_metrics.frechet_distance",
+        "squeezeheads.evaluation.inception.frechet_distance",
         lambda a, b: widths.append((a.shape, b.shape)) or 1.0,
     )
     torch.manual_seed(0)
@@ -769,13 +800,175 @@ def test_a_classifier_judges_generated_images(tmp_path):
     module = ImageModel(str(tmp_path / "judge"), classifies=False)
     expected = frechet_distance(features_of(module, real, 20), features_of(module, images, 20))
     assert metrics["frechet_distance"] == pytest.approx(expected, rel=1e-4)
+
+
+def refused(task: ImageGeneration) -> str:
+    """What ``load_data`` says."""
+    with pytest.raises(RecipeError) as caught:
+        task.load_data(Pretrained({"teacher": None}))
+    return str(caught.value)
+
+
+def test_judges_that_do_not_fit_are_refused_with_the_data(tmp_path):
+    """Not when the teacher's training is over."""
     names = {number: str((number + 1) % 10) for number in range(10)}
-    classifier(3, id2label=names, num_labels=10).save_pretrained(tmp_path / "judge")
-    with pytest.raises(RecipeError, match="classifier=.*class 0 is '1' to it, and '0' in the data"):
-        task.measure(model, splits.test, 10)
-    classifier(3, num_labels=4).save_pretrained(tmp_path / "judge")
-    with pytest.raises(RecipeError, match="tells 4 classes apart, the data has 10"):
-        task.measure(model, splits.test, 10)
+    classifier(3, id2label=names, num_labels=10).save_pretrained(tmp_path / "order")
+    classifier(3, num_labels=4).save_pretrained(tmp_path / "four")
+    classifier(3, num_channels=2).save_pretrained(tmp_path / "channels")
+    language_model(2).save_pretrained(tmp_path / "text")
+    order, four = str(tmp_path / "order"), str(tmp_path / "four")
+    assert "class 0 is '1' to it, and '0' in the data" in refused(ImageGeneration(classifier=order))
+    assert f"classifier={four!r} tells 4 classes apart, the data has 10" in refused(ImageGeneration(classifier=four))
+    assert "classifier: nowhere: cannot be loaded" in refused(ImageGeneration(classifier="nowhere"))
+    assert "sampling.features: nowhere: cannot be loaded" in refused(
+        ImageGeneration(sampling=SamplingSpec(features="nowhere"))
+    )
+    for name in ("channels", "text"):
+        path = str(tmp_path / name)
+        assert f"sampling.features={path!r} cannot judge images of 1 × 8 × 8" in refused(
+            ImageGeneration(sampling=SamplingSpec(features=path))
+        )
+    ignored = ImageGeneration(classifier="nowhere", sampling=SamplingSpec(features="nowhere", images=0))
+    ignored.load_data(Pretrained({"teacher": None}))
+
+
+def test_missing_inception_is_refused_with_the_data(monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("no torch-fidelity.")
+
+    fid = pytest.importorskip("torchmetrics.image.fid")
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", missing)
+    assert "no torch-fidelity. Install" in refused(ImageGeneration(sampling=SamplingSpec(inception=True)))
+    ImageGeneration(sampling=SamplingSpec(inception=True, images=0)).load_data(Pretrained({"teacher": None}))
+
+
+def small_dit(task: ImageGeneration) -> Denoiser:
+    config = {"model_type": "dit", "num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "patch_size": 4}
+    return task.build(task.new_config(config, "student"), "sdpa")
+
+
+def own_inception(monkeypatch) -> None:
+    """Networks of our own in Inception's place."""
+    fid, inception = pytest.importorskip("torchmetrics.image.fid"), pytest.importorskip("torchmetrics.image.inception")
+    monkeypatch.setattr(fid, "FrechetInceptionDistance", partial(fid.FrechetInceptionDistance, Inception()))
+    monkeypatch.setattr(inception, "InceptionScore", partial(inception.InceptionScore, Inception()))
+
+
+def test_what_judges_images_is_on_the_model_s_device(tmp_path, monkeypatch):
+    """On one without memory, as there is no other here."""
+    own_inception(monkeypatch)
+    classifier(3).save_pretrained(tmp_path)
+    sampling = SamplingSpec(features=str(tmp_path), inception=True, images=20, steps=1)
+    task = ImageGeneration(classifier=str(tmp_path), sampling=sampling)
+    splits = task.load_data(Pretrained({"teacher": None}))
+    model = small_dit(task)
+    seen = []
+    monkeypatch.setattr("squeezeheads.evaluation.image_metrics.measure_images", lambda *_, **k: seen.append(k) or {})
+    monkeypatch.setattr(ImageGeneration, "score", lambda *_: {})
+    for device in ("cpu", "meta"):
+        task.measure(model.to(device), splits.test, 10)
+        judges = [seen[-1]["features"], seen[-1]["classifier"], seen[-1]["inception"].fid, seen[-1]["inception"].score]
+        assert [{p.device.type for p in judge.parameters()} for judge in judges] == [{device}] * 4
+        assert seen[-1]["inception"].fid.real_features_sum.device.type == device
+
+
+def test_without_features_large_images_are_measured_batch_by_batch(monkeypatch):
+    """No more images than a batch are asked for before they are measured; none are kept."""
+    own_inception(monkeypatch)
+    sampling = SamplingSpec(features=None, inception=True, images=20, steps=1, batch_size=8)
+    task = ImageGeneration(sampling=sampling)
+    splits = task.load_data(Pretrained({"teacher": None}))
+    assert task.columns == ("noise_error", "fid", "sfid", "inception_score")
+    alive, most = [], []
+    update = InceptionMetrics.update
+
+    def watched(self, images, *, real):
+        alive.append(weakref.ref(images))
+        most.append(sum(ref() is not None for ref in alive))
+        assert len(images) <= 8
+        update(self, images, real=real)
+
+    monkeypatch.setattr(InceptionMetrics, "update", watched)
+    metrics = task.measure(small_dit(task), splits.test, 10)
+    assert set(task.columns) <= set(metrics) and "frechet_distance" not in metrics
+    assert len(most) == 6 and max(most) <= 2, "the one that is measured, and the one before it"
+
+
+@pytest.mark.parametrize(("given", "meant"), [("null", None), ("models/dino", "models/dino")])
+def test_features_may_be_null_in_a_file_and_on_the_command_line(tmp_path, given, meant):
+    key = "task__image_generation__sampling__features"
+    assert load_recipe(write(tmp_path, **{key: meant})).chosen_task.sampling.features == meant
+    override = f"--{key.replace('__', '.')}"
+    for options in ([override, given], [f"{override}={given}"]):
+        assert load_recipe(write(tmp_path), options).chosen_task.sampling.features == meant
+
+
+def test_nothing_is_generated_where_nothing_judges(monkeypatch):
+    task = ImageGeneration(sampling=SamplingSpec(features=None))
+    splits = task.load_data(Pretrained({"teacher": None}))
+    monkeypatch.setattr(ImageGeneration, "pipeline", None)
+    assert set(task.measure(small_dit(task), splits.test, 100)) == {"noise_error", "loss"}
+    assert task.columns == ("noise_error",)
+
+
+def test_metrics_in_batches_are_those_of_the_whole(tmp_path):
+    classifier(3).save_pretrained(tmp_path)
+    judge, features = ImageModel(str(tmp_path), classifies=True), ImageModel(str(tmp_path), classifies=False)
+    real, made = torch.rand(30, 1, 8, 8), torch.rand(25, 1, 8, 8)
+    labels = torch.arange(25) % 10
+    found = measure_images(real.split(7), made.split(7), features=features, classifier=judge, labels=labels)
+    a, b = features_of(features, real, 7), features_of(features, made, 7)
+    precision, recall = precision_and_recall(a, b)
+    assert found == {
+        "frechet_distance": frechet_distance(a, b), "precision": precision, "recall": recall,
+        "class_accuracy": class_accuracy(judge, made, labels, 7),
+    }  # fmt: skip
+    again = measure_images((), made.split(7), features=features, real_features=a)
+    assert again == {key: found[key] for key in ("frechet_distance", "precision", "recall")}
+    with pytest.raises(ValueError, match="needs the labels"):
+        measure_images((), made.split(7), classifier=judge)
+
+
+def test_dpm_takes_fewer_steps_than_the_schedule():
+    """diffusers' times repeat otherwise, and images are not numbers."""
+    with pytest.raises(ValueError, match="sampling.steps=50: expected at most 49 for the sampler dpm"):
+        ImageGeneration(diffusion=DiffusionSpec(steps=50), sampling=SamplingSpec(sampler="dpm", steps=50))
+    ImageGeneration(diffusion=DiffusionSpec(steps=50), sampling=SamplingSpec(sampler="ddpm", steps=50))
+    for steps, finite in ((49, True), (50, False)):
+        pipeline = ClassConditionalPipeline(denoiser().model, make_sampler("dpm", noising(), True, pixels=True))
+        images = generate(pipeline, torch.tensor([1]), guidance=1.0, steps=steps, seed=0, batch_size=1)
+        assert bool(images.isfinite().all()) == finite
+
+
+def measured(monkeypatch) -> list[torch.Tensor]:
+    """Whose features are looked at, batch by batch."""
+    seen = []
+    monkeypatch.setattr(
+        "squeezeheads.evaluation.image_metrics._features",
+        lambda module, images: seen.append(images) or torch.randn(len(images), 3),
+    )
+    return seen
+
+
+def test_by_default_as_many_images_are_generated_as_the_test_split_has(monkeypatch):
+    task = ImageGeneration(test_size=30, sampling=SamplingSpec(steps=1))
+    splits = task.load_data(Pretrained({"teacher": None}))
+    seen = measured(monkeypatch)
+    assert task.measure(small_dit(task), splits.test, 8).keys() >= set(task.columns)
+    assert [len(images) for images in seen] == [30, 30]
+
+
+def test_a_test_split_of_a_few_images_measures_none(tmp_path):
+    for split, count in (("train", 40), ("test", 1)):
+        for name in ("black", "grey", "white"):
+            (tmp_path / split / name).mkdir(parents=True)
+            for number in range(count):
+                Image.new("L", (8, 8), number).save(tmp_path / split / name / f"{number:02}.png")
+    task = ImageGeneration(data=str(tmp_path), image_size=8, validation_size=12)
+    with pytest.raises(RecipeError, match=r"the test split has 3 images, .* at least 4: set sampling.images to 0"):
+        task.load_data(Pretrained({"teacher": None}))
+    task.sampling.images = 0
+    assert len(task.load_data(Pretrained({"teacher": None})).test) == 3 and task.columns == ("noise_error",)
 
 
 def test_generated_images_are_compared_with_all_classes(tmp_path, monkeypatch):
@@ -790,14 +983,8 @@ def test_generated_images_are_compared_with_all_classes(tmp_path, monkeypatch):
         data=str(tmp_path / "data"), image_size=8, validation_size=12, test_size=36, sampling=sampling
     )
     splits = task.load_data(Pretrained({"teacher": None}))
-    seen = []
-    monkeypatch.setattr(
-        "squeezeheads.evaluation.image_metrics.features_of",
-        lambda module, images, size: seen.append(images) or torch.randn(len(images), 3),
-    )
-    model = task.build(task.new_config({"model_type": "dit", "num_attention_heads": 1, "attention_head_dim": 8,
-                                        "num_layers": 1, "patch_size": 4}, "student"), "sdpa")  # fmt: skip
-    task.measure(model, splits.test, 8)
+    seen = measured(monkeypatch)
+    task.measure(small_dit(task), splits.test, 8)
     levels = (seen[0][:, 0, 0, 0] * 255).round().int().tolist()
     assert levels == [0, 100, 200, 1, 101, 201] and len(seen[1]) == 6
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, LlamaConfig
 from squeezeheads import Distillation, LogitKD, SqueezedHeads, TaskLoss, attention_divergence, record_attention
 from squeezeheads.distillation import evaluating, padding_rows
 from squeezeheads.errors import RecipeError
-from squeezeheads.evaluation.generation import exact_match, rouge_l, sample_responses
+from squeezeheads.evaluation.responses import exact_match, rouge_l, sample_responses
 from squeezeheads.recipe import load_recipe
 from squeezeheads.tasks.base import Pretrained
 from squeezeheads.tasks.instruction_tuning import InstructionTuning

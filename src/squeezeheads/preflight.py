@@ -20,12 +20,11 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from squeezeheads.distillation import Distillation
-from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.errors import RecipeError, in_short, similar
 from squeezeheads.files import part_of
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.tasks.causal import check_causal
-from squeezeheads.tasks.modeling import similar
 
 TEACHER_SEED = 0
 

@@ -372,12 +372,12 @@ def shipped_recipe(name: str) -> Path:
 
 
 def dump_recipe(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as plain data, defaults included; options that are not used are left out."""
+    """A recipe as plain data, defaults included; options that are not used are left out, unless that has to be said."""
 
     def plain(value: Any) -> Any:
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            items = {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-            return {name: item for name, item in items.items() if item is not None}
+            items = [(f, plain(getattr(value, f.name))) for f in dataclasses.fields(value) if f.init]
+            return {f.name: item for f, item in items if item is not None or f.default is not None}
         if isinstance(value, dict):
             return {name: plain(item) for name, item in value.items()}
         return [plain(item) for item in value] if isinstance(value, list) else value

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel
 from diffusers.models.embeddings import LabelEmbedding
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
@@ -220,25 +220,6 @@ def load_config(path: str) -> tuple[DenoiserConfig, dict[str, str]]:
             return DenoiserConfig(model_type, {k: v for k, v in options.items() if not k.startswith("_")}), where
     kinds = ", ".join(kind.__name__ for kind in model_types().values())
     raise ValueError(f"it holds a {name or json.dumps(found)[:60]}, expected one of {kinds}.")
-
-
-def load_schedule(path: str) -> DDPMScheduler | None:
-    """The noise schedule that lies beside a model, in a folder or on the hub; ``None`` where there is none.
-
-    Raises:
-        ValueError: one that cannot be read.
-    """
-    if Path(path).is_dir() and not (Path(path) / "scheduler").is_dir():
-        return None
-    try:
-        found = DDPMScheduler.load_config(path, subfolder="scheduler")
-    except OSError as error:
-        if Path(path).is_dir():
-            raise ValueError(f"{path}/scheduler: {error}") from error
-        return None
-    # Whichever sampler was saved: of its options, those that say how images are noised.
-    names = ("num_train_timesteps", "beta_schedule", "beta_start", "beta_end", "trained_betas", "prediction_type")
-    return DDPMScheduler(**{name: found[name] for name in names if name in found})
 
 
 def load_model(path: str, dtype: torch.dtype = torch.float32) -> nn.Module:

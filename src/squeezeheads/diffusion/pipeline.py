@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -122,13 +122,19 @@ def generate(
     pipeline: ClassConditionalPipeline, labels: Tensor, *, guidance: float, steps: int, seed: int, batch_size: int
 ) -> Tensor:
     """(n, C, H, W) images from 0 to 1 on the CPU, one a label; the same for every batch size."""
+    options: Any = {"guidance": guidance, "steps": steps, "seed": seed, "batch_size": batch_size}
+    return torch.cat(list(generate_batches(pipeline, labels, **options)))
+
+
+def generate_batches(
+    pipeline: ClassConditionalPipeline, labels: Tensor, *, guidance: float, steps: int, seed: int, batch_size: int
+) -> Iterator[Tensor]:
+    """The images of ``generate``, ``batch_size`` at a time, each made when it is asked for."""
     pipeline.set_progress_bar_config(disable=True)
-    images = []
     for start in range(0, len(labels), batch_size):
         part = labels[start : start + batch_size]
         generators = [torch.Generator().manual_seed(_seed(seed, start + i)) for i in range(len(part))]
-        images.append(pipeline(part, guidance, steps, generators, output_type="pt").images.cpu())
-    return torch.cat(images)
+        yield pipeline(part, guidance, steps, generators, output_type="pt").images.cpu()
 
 
 def _seed(seed: int, index: int) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.distillation import evaluating
-from squeezeheads.errors import RecipeError
+from squeezeheads.batches import evaluating
+
+if TYPE_CHECKING:
+    from squeezeheads.evaluation.inception import InceptionMetrics
 
 
 def frechet_distance(real: Tensor, generated: Tensor) -> float:
@@ -76,12 +79,16 @@ def _check_features(real: Tensor, generated: Tensor, least: int) -> None:
         raise ValueError(f"real images have {real.shape[1]} features, generated ones {generated.shape[1]}.")
 
 
-@torch.no_grad()
 def features_of(module: nn.Module, images: Tensor, batch_size: int) -> Tensor:
     """What ``module`` makes of images (n, C, H, W), as (n, F) on the CPU, in eval mode on the module's device."""
+    return torch.cat([_features(module, part) for part in images.split(batch_size)])
+
+
+@torch.no_grad()
+def _features(module: nn.Module, images: Tensor) -> Tensor:
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     with evaluating(module):
-        return torch.cat([module(part.to(device)).flatten(1).float().cpu() for part in images.split(batch_size)])
+        return module(images.to(device)).flatten(1).float().cpu()
 
 
 def class_accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, batch_size: int) -> float:
@@ -92,67 +99,68 @@ def class_accuracy(classifier: nn.Module, images: Tensor, labels: Tensor, batch_
         images: (n, C, H, W).
         labels: (n,).
     """
-    guesses = features_of(classifier, images, batch_size).argmax(1)
-    return (guesses == labels.cpu()).double().mean().item()
+    return _share_right(features_of(classifier, images, batch_size), labels)
 
 
-SPATIAL_CHANNELS = 7
-"""Of the Inception network's spatial features that sFID goes by."""
+def _share_right(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels.cpu()).double().mean().item()
 
 
-def inception_metrics(real: Tensor, generated: Tensor, batch_size: int) -> dict[str, float]:
-    """FID, sFID and Inception score with torch-fidelity's standard Inception network, which torchmetrics runs.
-
-    sFID is the Fréchet distance on features that know where they are: the first 7 channels of the 17 × 17 map that the
-    1 × 1 branch of the network's block Mixed_6d gives ("mixed_6/conv" in the network's original graph), side by side:
-    2,023 features. They are watched during the forward pass of the FID.
+def measure_images(
+    real: Iterable[Tensor],
+    generated: Iterable[Tensor],
+    *,
+    features: nn.Module | None = None,
+    real_features: Tensor | None = None,
+    classifier: nn.Module | None = None,
+    labels: Tensor | None = None,
+    inception: InceptionMetrics | None = None,
+) -> dict[str, float]:
+    """All metrics that are asked for, of images that are seen once, batch by batch: only features are held.
 
     Args:
-        real: (n, C, H, W) from 0 to 1; grey images are repeated.
-        generated: (m, C, H, W).
+        real: batches (B, C, H, W) from 0 to 1; read where features or Inception's metrics need them.
+        generated: batches likewise.
+        features: (B, C, H, W) → (B, …): of the Fréchet distance, precision and recall; ``None`` leaves these out.
+        real_features: (n, F), where those of the real images are known already.
+        classifier: (B, C, H, W) → logits (B, classes); ``None`` leaves the accuracy out.
+        labels: (n,) the classes that the generated images were asked for; goes with ``classifier``.
+        inception: ``None`` leaves its metrics out. What it has counted before is forgotten.
 
     Returns:
-        ``fid``; ``sfid``; ``inception_score``, the mean over ten parts (nats, exponentiated).
+        ``frechet_distance``, ``precision``, ``recall``; ``class_accuracy``; ``fid``, ``sfid``, ``inception_score``.
 
     Raises:
-        RecipeError: a package or the network's weights are missing.
-
-    Source of sFID: Nash et al., "Generating Images with Sparse Representations", arXiv 2103.03841; layer and channels
-    as in the public evaluation code of Dhariwal, Nichol, arXiv 2105.05233.
+        ValueError: a classifier without labels, fewer than 4 images, features of other widths.
     """
-    try:
-        from torchmetrics.image.fid import FrechetInceptionDistance
-        from torchmetrics.image.inception import InceptionScore
-
-        metrics: list[Any] = [FrechetInceptionDistance(), InceptionScore()]
-    except (ImportError, OSError) as error:
-        raise RecipeError(
-            f"FID, sFID and Inception score need torchmetrics, torch-fidelity and the weights that it downloads: "
-            f"{error} Install them with pip install torchmetrics torch-fidelity, or set sampling.inception to false: "
-            "the Fréchet distance on other features needs neither."
-        ) from error
-    fid, score = metrics
-    maps: list[Tensor] = []
-
-    def keep(module: nn.Module, args: Any, output: Tensor) -> None:
-        maps.append(output[:, :SPATIAL_CHANNELS].flatten(1).cpu())
-
-    handle = fid.inception.Mixed_6d.branch1x1.register_forward_hook(keep)
-    for images, is_real in ((real, True), (generated, False)):
-        for part in images.split(batch_size):
-            part = part.expand(-1, 3, -1, -1) if part.shape[1] == 1 else part
-            # Rounded here: torchmetrics cuts off, so that a real image's levels would not come back as they were.
-            part = (part * 255).round().byte()
-            fid.update(part, real=is_real)
-            if not is_real:
-                score.update(part)
-    handle.remove()
-    spatial = torch.cat(maps).split([len(real), len(generated)])
-    with torch.random.fork_rng(devices=[]):  # the ten parts are drawn
-        torch.default_generator.manual_seed(0)
-        inception_score = float(score.compute()[0])
-    return {
-        "fid": float(fid.compute()),
-        "sfid": frechet_distance(spatial[0], spatial[1]),
-        "inception_score": inception_score,
-    }
+    if classifier is not None and labels is None:
+        raise ValueError("class_accuracy needs the labels that the generated images were asked for.")
+    known: list[Tensor] = [] if real_features is None else [real_features]
+    found: list[Tensor] = []
+    logits: list[Tensor] = []
+    metrics: dict[str, float] = {}
+    if inception is not None:
+        inception.reset()
+    if inception is not None or (features is not None and real_features is None):
+        for images in real:
+            if inception is not None:
+                inception.update(images, real=True)
+            if features is not None and real_features is None:
+                known.append(_features(features, images))
+    for images in generated:
+        if inception is not None:
+            inception.update(images, real=False)
+        if features is not None:
+            found.append(_features(features, images))
+        if classifier is not None:
+            logits.append(_features(classifier, images))
+    if features is not None:
+        given, made = torch.cat(known), torch.cat(found)
+        metrics["frechet_distance"] = frechet_distance(given, made)
+        metrics["precision"], metrics["recall"] = precision_and_recall(given, made)
+    if classifier is not None and labels is not None:
+        metrics["class_accuracy"] = _share_right(torch.cat(logits), labels)
+    if inception is not None:
+        metrics |= inception.compute()
+        inception.reset()
+    return metrics

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from squeezeheads.batches import PROBABILITIES, evaluating
 from squeezeheads.errors import RecipeError
+from squeezeheads.image_inputs.normalisation import normalisation_of, renormalise_inputs
+from squeezeheads.image_inputs.processing import View, new_processor, own_processor
 from squeezeheads.tasks.augmentation import Augmentation, erase, mix, seeded, smoothed
 from squeezeheads.tasks.base import Pretrained, Splits, Task
-from squeezeheads.tasks.image_processing import View, new_processor, own_processor
 from squeezeheads.tasks.images import DIGITS, HUB, Sample, Samples, SplitPlan, check_class_order, read_images
-from squeezeheads.tasks.normalisation import normalisation_of, renormalise_inputs
 from squeezeheads.tasks.timm_models import MODEL_TYPE, fit_to_images, to_timm_format
 
 if TYPE_CHECKING:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from squeezeheads.distillation import evaluating
+from squeezeheads.batches import evaluating
+from squeezeheads.diffusion.specs import LEAST_IMAGES, DiffusionSpec, SamplingSpec
+from squeezeheads.diffusion.square_images import SquareImages
 from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
 from squeezeheads.tasks.images import SplitPlan, check_class_order, evenly, read_images
-from squeezeheads.tasks.modeling import check_count, similar
-from squeezeheads.tasks.square_images import SquareImages
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -28,94 +28,10 @@ if TYPE_CHECKING:
     from squeezeheads.diffusion.denoiser import Denoiser, DenoiserConfig
     from squeezeheads.diffusion.draws import Noising
     from squeezeheads.diffusion.pipeline import ClassConditionalPipeline
-    from squeezeheads.tasks.image_model import ImageModel
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    from squeezeheads.evaluation.inception import InceptionMetrics
 
 MEASURE_SEED = 2**31
 """Draws of validation and test: those of no training, whose seeds are smaller in every recipe that is likely."""
-
-
-@dataclass
-class DiffusionSpec:
-    """How images are noised and what a denoiser is trained by."""
-
-    steps: int = 1000
-    """Steps T of the noise schedule."""
-    schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    """Noise schedule, by diffusers' names."""
-    beta_start: float = 0.0001
-    """Noise variance of the first step (of the schedules that have ends)."""
-    beta_end: float = 0.02
-    """Noise variance of the last step."""
-    learned_variance: bool = True
-    """Whether new models predict the variance of a step beside the noise."""
-    variational_weight: float = 0.001
-    """Factor of T times the variational term (bits per element), which trains the learned variance; 0 leaves it out."""
-    min_snr: float = 0.0
-    """k of the Min-SNR weight min(SNR, k) / SNR of the squared error; MDTv2 takes 5. 0 weighs all steps alike."""
-    label_drop: float = 0.1
-    """Probability that a training image is without its label, for classifier-free guidance."""
-    mask_ratio: list[float] = field(default_factory=lambda: [0.3, 0.5])
-    """Where the student is an MDT: between which shares of tokens the second pass of a batch masks. [] leaves that pass
-    out."""
-    ema_decay: float = 0.0
-    """Decay of the moving average of the weights, which is then what is saved and measured; DiT takes 0.9999 with long
-    training. 0: the weights themselves."""
-
-    def __post_init__(self) -> None:
-        if self.steps < 2:
-            raise ValueError(f"steps={self.steps}: expected at least 2.")
-        if not 0 < self.beta_start <= self.beta_end < 1:
-            raise ValueError(
-                f"beta_start={self.beta_start} and beta_end={self.beta_end}: expected 0 < beta_start ≤ beta_end < 1."
-            )
-        if not 0 <= self.label_drop < 1:
-            raise ValueError(f"label_drop={self.label_drop}: expected a probability of less than 1.")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay={self.ema_decay}: expected a number below 1, or 0 for no average.")
-        if self.mask_ratio and (len(self.mask_ratio) != 2 or not 0 <= self.mask_ratio[0] <= self.mask_ratio[1] < 1):
-            raise ValueError(f"mask_ratio={self.mask_ratio}: expected two shares [low, high] from 0 to below 1, or [].")
-        if not self.variational_weight >= 0:
-            raise ValueError(f"variational_weight={self.variational_weight}: expected at least 0.")
-        if not self.min_snr >= 0:
-            raise ValueError(f"min_snr={self.min_snr}: expected a positive number, or 0 for no weights.")
-
-
-@dataclass
-class SamplingSpec:
-    """How images are generated, and how they are measured."""
-
-    sampler: Literal["ddim", "dpm", "ddpm"] = "ddim"
-    """diffusers' scheduler: DDIM, DPM-Solver++, or ancestral sampling with the learned variance."""
-    steps: int = 50
-    """Steps of the sampler."""
-    guidance: float = 1.0
-    """Scale of classifier-free guidance; 1 is without."""
-    seed: int = 0
-    """Of the noise that images start from."""
-    batch_size: int = 64
-    """Images generated at a time; the images do not depend on it."""
-    images: int = 1000
-    """Images generated for the metrics, evenly over the classes, compared with as many of the test split, likewise
-    evenly; 0 leaves those metrics out."""
-    features: str = "pixels"
-    """Features of the Fréchet distance, precision and recall: "pixels", or folder or hub name of a vision model of
-    transformers."""
-    inception: bool = False
-    """Also FID, sFID and Inception score, where torch-fidelity and its weights are installed."""
-    grid_every: int = 0
-    """Steps of training between grids of samples under figures/training; 0 draws one at the end alone."""
-    grid_columns: int = 8
-    """Images of each class in a grid."""
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "grid_columns"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 1.")
-        for name in ("images", "grid_every", "guidance", "seed"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name}={getattr(self, name)}: expected at least 0.")
 
 
 @dataclass
@@ -164,13 +80,22 @@ class ImageGeneration(Task):
         for name in ("validation_size", "test_size"):
             if getattr(self, name) < 10:
                 raise ValueError(f"{name}={getattr(self, name)}: expected at least 10.")
+        # With as many steps as the noise schedule, diffusers' DPM-Solver++ takes one time twice and divides by 0.
+        steps, most = self.sampling.steps, self.diffusion.steps - (self.sampling.sampler == "dpm")
+        if steps > most:
+            raise ValueError(
+                f"sampling.steps={steps}: expected at most {most} for the sampler {self.sampling.sampler} where "
+                f"diffusion.steps={self.diffusion.steps}."
+            )
         self._levels = 256
 
     @property
     def columns(self) -> tuple[str, ...]:
-        measured = ("frechet_distance", "precision", "recall") if self.sampling.images else ()
-        accuracy = ("class_accuracy",) if self.sampling.images and self.classifier else ()
-        inception = ("fid", "sfid", "inception_score") if self.sampling.images and self.sampling.inception else ()
+        if self.sampling.images == 0:
+            return (self.metric,)
+        measured = ("frechet_distance", "precision", "recall") if self.sampling.features is not None else ()
+        accuracy = ("class_accuracy",) if self.classifier is not None else ()
+        inception = ("fid", "sfid", "inception_score") if self.sampling.inception else ()
         return (self.metric, *measured, *accuracy, *inception)
 
     # -- data --------------------------------------------------------------------------------------------------------
@@ -190,7 +115,11 @@ class ImageGeneration(Task):
         self._classes = len(self._class_names)
         channels = found["train"].own_channels
         self._shape: tuple[int, int] = (channels, size)
+        # An autoencoder of three channels makes coloured images of grey ones.
+        self._image_shape = (channels if self._vae is None else self._vae.config.out_channels, size)
         self._levels = found["train"].white + 1
+        self._check_images(len(parts["test"].indices))
+        self._load_judges()
         squares = {id(part.images): SquareImages(part.images, channels, size) for part in parts.values()}
         self._test_pixels = (squares[id(parts["test"].images)], evenly(parts["test"]))
         encoded = {key: self._encoded(images) for key, images in squares.items()}
@@ -201,6 +130,24 @@ class ImageGeneration(Task):
             splits.append(SeededImages(encoded[id(images)], labels, seed, chosen))
         self._parts = list(zip(splits, parts.values(), strict=True))
         return Splits(splits[0], splits[1], splits[2])
+
+    def _image_count(self, tested: int) -> int:
+        """How many images are generated for the metrics, where the test split has ``tested``."""
+        return tested if self.sampling.images == "all" else self.sampling.images
+
+    def _check_images(self, tested: int) -> None:
+        """Whether the test split has as many images as are generated for the metrics."""
+        count = self._image_count(tested)
+        if count > tested:
+            raise RecipeError(
+                f"sampling.images={count}: they are compared with as many of the test split, which has {tested}. Lower "
+                "images, or raise test_size where the data have more."
+            )
+        if 0 < tested < LEAST_IMAGES and count:
+            raise RecipeError(
+                f"data={self.data!r}: the test split has {tested} images, and metrics of generated images need at "
+                f"least {LEAST_IMAGES}: set sampling.images to 0, or give other data."
+            )
 
     def fingerprint(self, samples: Sequence[Mapping[str, Any]]) -> str:
         """SHA-256 of the split's stored images and labels: nothing is decoded, encoded or drawn."""
@@ -218,7 +165,8 @@ class ImageGeneration(Task):
         except ValueError as error:
             raise RecipeError(f"autoencoder={self.autoencoder!r}: {error}") from error
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        return encode_images(images, images.identity, self._vae.to(device), Path(self.latent_cache), told=print)
+        told = partial(print, file=sys.stderr)  # standard output is for what a command answers
+        return encode_images(images, images.identity, self._vae.to(device), Path(self.latent_cache), told=told)
 
     @cached_property
     def _vae(self) -> Any:
@@ -250,18 +198,9 @@ class ImageGeneration(Task):
 
     @cached_property
     def _scheduler(self) -> DDPMScheduler:
-        from diffusers import DDPMScheduler
+        from squeezeheads.diffusion.schedule import make_schedule
 
-        spec = self.diffusion
-        with torch.device("cpu"):  # also where a model is planned without weights
-            return DDPMScheduler(
-                num_train_timesteps=spec.steps,
-                beta_schedule=spec.schedule,
-                beta_start=spec.beta_start,
-                beta_end=spec.beta_end,
-                prediction_type="epsilon",
-                clip_sample=self._pixels,
-            )
+        return make_schedule(self.diffusion, pixels=self._pixels)
 
     def collate(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         return self._noising(samples)
@@ -293,38 +232,20 @@ class ImageGeneration(Task):
     # -- models ------------------------------------------------------------------------------------------------------
 
     def new_config(self, changes: Mapping[str, Any], key: str, base: DenoiserConfig | None = None) -> DenoiserConfig:
-        """The configuration of a new denoiser: ``model_type`` dit or mdt, and any option of its class."""
-        import inspect
+        """The configuration of a new denoiser, see ``diffusion.configs.new_config``."""
+        from squeezeheads.diffusion.configs import new_config
 
-        from squeezeheads.diffusion.denoiser import DenoiserConfig, build_model, model_types
+        self._check_guidance(key)
+        return new_config(changes, key, self.data_config(), base)
 
-        options = dict(changes)
-        model_type = options.pop("model_type", base.model_type if base is not None else None)
-        if model_type not in model_types():
+    def _check_guidance(self, key: str) -> None:
+        """Whether a new model learns what guidance asks it for: pretrained ones may have learned it elsewhere."""
+        if self.sampling.guidance != 1 and not self.diffusion.label_drop:
             raise RecipeError(
-                f"{key}.model_type={model_type!r} is unknown: expected one of {', '.join(model_types())}."
+                f"{key} makes a new model, and sampling.guidance={self.sampling.guidance} asks what it predicts for no "
+                f"class, which diffusion.label_drop={self.diffusion.label_drop} never trains. Set label_drop of "
+                "task.image_generation.diffusion above 0 (0.1 is usual), or guidance of its sampling to 1."
             )
-        kind: Any = model_types()[model_type]
-        known = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]
-        for name, value in options.items():
-            if name not in known:
-                raise RecipeError(f"{key}.{name} is no option of {kind.__name__}.{similar(name, known)}")
-            check_count(name, value, key)
-        kept = copy.deepcopy(base.options) if base is not None else {}
-        # What both kinds have in common carries over from the teacher; the rest is each kind's own.
-        kept = {name: value for name, value in kept.items() if name in known}
-        merged = {**kept, **{k: v for k, v in self.data_config().items() if base is None}, **options}
-        try:
-            with torch.device("meta"):
-                model = build_model(DenoiserConfig(model_type, merged))
-        except (ValueError, TypeError, RuntimeError, NotImplementedError, ZeroDivisionError) as error:
-            raise RecipeError(f"{key}: {kind.__name__} refuses these options: {error}") from error
-        size, patch = merged["sample_size"], model.config.patch_size  # type: ignore[union-attr]
-        if size % patch:
-            raise RecipeError(
-                f"{key}: sample_size={size} is no multiple of patch_size={patch}: choose one that divides."
-            )
-        return DenoiserConfig(model_type, merged)
 
     def pretrained_config(self, path: str, key: str) -> DenoiserConfig:
         from squeezeheads.diffusion.denoiser import load_config
@@ -359,16 +280,18 @@ class ImageGeneration(Task):
             )
 
     def build(self, config: DenoiserConfig, attn_implementation: str, dtype: str = "float32") -> Denoiser:
+        from squeezeheads.diffusion.configs import check_kernel, number_type
         from squeezeheads.diffusion.denoiser import build_model
 
-        _check_kernel(attn_implementation)
-        return self._denoiser(build_model(config).to(_number_type(dtype)))
+        check_kernel(attn_implementation)
+        return self._denoiser(build_model(config).to(number_type(dtype)))
 
     def load(self, path: str, attn_implementation: str = "sdpa", dtype: str = "float32") -> Denoiser:
+        from squeezeheads.diffusion.configs import check_kernel, number_type
         from squeezeheads.diffusion.denoiser import load_model
 
-        _check_kernel(attn_implementation)
-        return self._denoiser(load_model(path, _number_type(dtype)))
+        check_kernel(attn_implementation)
+        return self._denoiser(load_model(path, number_type(dtype)))
 
     def _denoiser(self, model: nn.Module) -> Denoiser:
         from squeezeheads.diffusion.denoiser import Denoiser
@@ -387,27 +310,10 @@ class ImageGeneration(Task):
         self._scheduler.save_pretrained(folder / "scheduler")
 
     def check_companions(self, path: str, whose: str) -> None:
-        """Whether a model was trained on the recipe's noise schedule, where one lies beside it: what it predicts on
-        another's images means nothing, and nothing would fail."""
-        from squeezeheads.diffusion.denoiser import load_schedule
+        """See ``diffusion.schedule.check_schedule``."""
+        from squeezeheads.diffusion.schedule import check_schedule
 
-        try:
-            theirs = load_schedule(path)
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise RecipeError(f"{whose}: its noise schedule cannot be read: {error}") from error
-        if theirs is None:
-            return
-        if theirs.config.prediction_type != "epsilon":
-            raise RecipeError(
-                f"{whose} predicts {theirs.config.prediction_type}: expected a model that predicts noise."
-            )
-        mine = self._scheduler
-        if theirs.betas.shape != mine.betas.shape or not torch.allclose(theirs.betas, mine.betas, rtol=1e-3, atol=0):
-            raise RecipeError(
-                f"{whose} was trained with another noise schedule, {_schedule(theirs)}; the recipe's is "
-                f"{_schedule(mine)}. Set steps, schedule, beta_start and beta_end of task.image_generation.diffusion "
-                "as the model has them."
-            )
+        check_schedule(path, whose, self._scheduler)
 
     @property
     def _pixels(self) -> bool:
@@ -431,42 +337,66 @@ class ImageGeneration(Task):
 
     def measure(self, model: Any, samples: Sequence[Mapping[str, Any]], batch_size: int) -> dict[str, Any]:
         """What ``score`` says, and the metrics of generated images."""
-        from squeezeheads.evaluation.image_metrics import (
-            class_accuracy,
-            features_of,
-            frechet_distance,
-            inception_metrics,
-            precision_and_recall,
-        )
+        from squeezeheads.evaluation.image_metrics import measure_images
 
         metrics = self.score(model, samples, batch_size)
         spec = self.sampling
-        if not spec.images:
+        if not self._judged:
             return metrics
-        labels = torch.arange(spec.images) % self._classes
-        generated = self.generate(model, labels)
         images, chosen = self._test_pixels
-        real = torch.stack([images[i] for i in chosen[: spec.images]]) / 2 + 0.5
-        module: Any = torch.nn.Flatten() if spec.features == "pixels" else self._image_model(spec.features, False)
-        known, found = (features_of(module, images, spec.batch_size) for images in (real, generated))
-        metrics["frechet_distance"] = frechet_distance(known, found)
-        metrics["precision"], metrics["recall"] = precision_and_recall(known, found)
-        if self.classifier is not None:
-            classifier = self._image_model(self.classifier, True)
-            metrics["class_accuracy"] = class_accuracy(classifier, generated, labels, spec.batch_size)
-        if spec.inception:
-            metrics |= inception_metrics(real, generated, spec.batch_size)
-        return metrics
+        chosen = chosen[: self._image_count(len(chosen))]
+        labels = torch.arange(len(chosen)) % self._classes
+        return metrics | measure_images(
+            _stacked(images, chosen, self._image_shape[0], spec.batch_size),
+            self.generated(model, labels),
+            features=None if self._features is None else self._features.to(model.device),
+            classifier=None if self._classifier is None else self._classifier.to(model.device),
+            labels=labels,
+            inception=None if self._inception is None else self._inception.to(model.device),
+        )
 
-    def _image_model(self, path: str, classifies: bool) -> ImageModel:
-        from squeezeheads.tasks.image_model import ImageModel
+    @property
+    def _judged(self) -> bool:
+        """Whether any metric asks for generated images."""
+        spec = self.sampling
+        return spec.images != 0 and (spec.features is not None or self.classifier is not None or spec.inception)
 
-        model = ImageModel(path, classifies=classifies)
-        if classifies and model.classes != self._classes:
+    def _load_judges(self) -> None:
+        """What judges generated images is loaded with the data: what is amiss with it shows before any training."""
+        if self._judged:
+            _ = self._features, self._classifier, self._inception
+
+    @cached_property
+    def _features(self) -> nn.Module | None:
+        """What the Fréchet distance goes by."""
+        from squeezeheads.evaluation.image_model import load_judge
+
+        path = self.sampling.features
+        if path is None:
+            return None
+        if path == "pixels":
+            return torch.nn.Flatten()
+        return load_judge(path, self._image_shape, "sampling.features", classifies=False)
+
+    @cached_property
+    def _classifier(self) -> nn.Module | None:
+        """What judges the class."""
+        from squeezeheads.evaluation.image_model import load_judge
+
+        path = self.classifier
+        if path is None:
+            return None
+        model = load_judge(path, self._image_shape, "classifier", classifies=True)
+        if model.classes != self._classes:
             raise RecipeError(f"classifier={path!r} tells {model.classes} classes apart, the data has {self._classes}.")
-        if classifies:
-            check_class_order(model.model.config, self._class_names, f"classifier={path!r}")
+        check_class_order(model.model.config, self._class_names, f"classifier={path!r}")
         return model
+
+    @cached_property
+    def _inception(self) -> InceptionMetrics | None:
+        from squeezeheads.evaluation.inception import InceptionMetrics
+
+        return InceptionMetrics() if self.sampling.inception else None
 
     def pipeline(self, model: Any) -> ClassConditionalPipeline:
         """The model with the recipe's sampler, as a diffusers pipeline."""
@@ -479,11 +409,15 @@ class ImageGeneration(Task):
 
     def generate(self, model: Any, labels: Tensor) -> Tensor:
         """(n, C, H, W) images from 0 to 1, one a label, in eval mode; draws on no global generator."""
-        from squeezeheads.diffusion.pipeline import generate
+        return torch.cat(list(self.generated(model, labels)))
+
+    def generated(self, model: Any, labels: Tensor) -> Iterator[Tensor]:
+        """The images of ``generate``, ``sampling.batch_size`` at a time, each made when it is asked for."""
+        from squeezeheads.diffusion.pipeline import generate_batches
 
         spec = self.sampling
         with evaluating(model):
-            return generate(
+            yield from generate_batches(
                 self.pipeline(model), labels, guidance=spec.guidance, steps=spec.steps, seed=spec.seed,
                 batch_size=spec.batch_size,
             )  # fmt: skip
@@ -497,20 +431,9 @@ class ImageGeneration(Task):
         sample_grid(self.generate(model, labels), columns, file)
 
 
-def _schedule(scheduler: DDPMScheduler) -> str:
-    options = scheduler.config
-    if options.trained_betas is not None:
-        return f"{options.num_train_timesteps} steps of its own"
-    ends = "" if options.beta_schedule == "squaredcos_cap_v2" else f" from {options.beta_start} to {options.beta_end}"
-    return f"{options.num_train_timesteps} steps, {options.beta_schedule}{ends}"
-
-
-def _check_kernel(attn_implementation: str) -> None:
-    if attn_implementation != "sdpa":
-        raise ValueError(f"attn_implementation={attn_implementation!r}: diffusers' transformers run on sdpa here.")
-
-
-def _number_type(dtype: str) -> torch.dtype:
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r}: expected one of {', '.join(DTYPES)} for a diffusion model.")
-    return DTYPES[dtype]
+def _stacked(images: Sequence[Tensor], chosen: Sequence[int], channels: int, batch_size: int) -> Iterator[Tensor]:
+    """Batches (B, channels, H, W) from 0 to 1 of images from −1 to 1, decoded when they are asked for; grey ones are
+    repeated."""
+    for start in range(0, len(chosen), batch_size):
+        batch = torch.stack([images[i] for i in chosen[start : start + batch_size]]) / 2 + 0.5
+        yield batch.expand(-1, channels, -1, -1) if batch.shape[1] == 1 else batch

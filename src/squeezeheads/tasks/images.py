@@ -53,6 +53,11 @@ class ImageSet:
         raise NotImplementedError
 
     @property
+    def identity(self) -> str:
+        """A string that changes when any of the images does."""
+        raise NotImplementedError
+
+    @property
     def own_size(self) -> int | None:
         """Height and width where all images are squares of one size, else ``None``."""
         return None
@@ -85,6 +90,10 @@ class ArrayImages(ImageSet):
         yield repr((len(indices), *self.pixels.shape[1:])).encode()
         for index in indices:
             yield self.pixels[index].tobytes()
+
+    @property
+    def identity(self) -> str:
+        return hashlib.sha256(self.pixels.tobytes()).hexdigest()
 
     @property
     def own_size(self) -> int | None:
@@ -135,6 +144,10 @@ class DataSetImages(ImageSet):
             if size is None and name is not None and Path(name).is_file():
                 size = Path(name).stat().st_size
             yield repr((Path(name or "").name, size)).encode()
+
+    @property
+    def identity(self) -> str:
+        return str(self.data._fingerprint)  # of `datasets`: by the files that were read
 
 
 def read_images(source: str, image_column: str | None, label_column: str | None) -> dict[str, ImageSet]:
@@ -409,8 +422,19 @@ class SplitPlan:
         limit = self.limits.get(name)
         if limit is None or limit >= len(part.indices):
             return part
+        labels = part.images.labels[part.indices]
+        if len(labels) - limit < len(np.unique(labels)) <= limit:
+            # scikit-learn wants an image of every class on both sides.
+            return Part(part.images, np.delete(part.indices, self._one_a_class(labels, len(labels) - limit)))
         _, chosen = self._hold_out(part.images, part.indices, limit, f"max_{name}")
         return Part(part.images, chosen)
+
+    def _one_a_class(self, labels: NDArray[np.int64], count: int) -> list[int]:
+        """Places of ``count`` images, each of another class: those of most images, drawn where they have as many."""
+        draw = np.random.default_rng(self.seed)
+        present, sizes = np.unique(labels, return_counts=True)
+        order = np.lexsort((draw.permutation(len(present)), -sizes))
+        return [int(draw.choice(np.flatnonzero(labels == label))) for label in present[order[:count]]]
 
 
 @dataclass

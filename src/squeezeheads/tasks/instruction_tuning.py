@@ -14,7 +14,7 @@ from torch import Tensor
 
 from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
-from squeezeheads.evaluation.generation import exact_match, rouge_l, sample_responses
+from squeezeheads.evaluation.responses import exact_match, rouge_l, sample_responses
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.causal import check_token_model, mean_token_loss, padded, shared_vocabulary, token_config
 from squeezeheads.tasks.instructions import Request, alpaca_text, chat_text, read_requests

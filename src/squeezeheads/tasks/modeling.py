@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.errors import RecipeError, check_count, in_short, similar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from squeezeheads.tasks.base import Task
-
-# Sizes and counts in transformers' configurations: whole numbers of at least 1, by whatever name.
-_COUNT = re.compile(
-    r"(_size|_heads|_layers|head_dim|^n_(embd|layer|head|inner|positions|ctx)|max_position_embeddings)$"
-)
 
 
 def new_config(
@@ -180,15 +174,6 @@ def _check_changes(changes: Mapping[str, Any], config: PreTrainedConfig, key: st
         check_count(name, value, key)
 
 
-def check_count(name: str, value: Any, key: str) -> None:
-    """
-    Raises:
-        RecipeError: a size or a count, by its name, that is no whole number of at least 1.
-    """
-    if _COUNT.search(name) and value is not None and not (isinstance(value, int | list) and value and _positive(value)):
-        raise RecipeError(f"{key}.{name}={value!r}: expected a whole number of at least 1.")
-
-
 def _head_width(config: PreTrainedConfig) -> int | None:
     """Model width over heads, where both are known and that is a whole number."""
     width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
@@ -209,14 +194,3 @@ def _check_head_width(config: PreTrainedConfig, key: str) -> None:
             f"{key}: num_attention_heads={heads} is no multiple of num_key_value_heads={groups}: choose counts that "
             "divide."
         )
-
-
-def _positive(value: int | list[Any]) -> bool:
-    values = value if isinstance(value, list) else [value]
-    return all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
-
-
-def similar(name: str, known: Any) -> str:
-    """A hint at what may have been meant, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3)
-    return f" Did you mean {', '.join(near)}?" if near else ""

@@ -2,15 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from squeezeheads.tasks.images import ArrayImages, ImageSet, Pixels
+Pixels = NDArray[np.uint8]
+"""(C, H, W), as stored."""
+
+
+class StoredImages(Protocol):
+    """What is asked of a set of images: ``squeezeheads.tasks.images.ImageSet`` is one."""
+
+    def __len__(self) -> int: ...
+
+    def image(self, index: int, channels: int) -> Pixels:
+        """One image, decoded now."""
+        ...
+
+    @property
+    def white(self) -> int:
+        """The largest value that a pixel can have."""
+        ...
+
+    @property
+    def identity(self) -> str:
+        """A string that changes when any of the images does."""
+        ...
 
 
 class SquareImages(Sequence[Tensor]):
@@ -23,7 +44,7 @@ class SquareImages(Sequence[Tensor]):
         size: height and width.
     """
 
-    def __init__(self, images: ImageSet, channels: int, size: int) -> None:
+    def __init__(self, images: StoredImages, channels: int, size: int) -> None:
         self.images, self.channels, self.size = images, channels, size
 
     def __len__(self) -> int:
@@ -38,12 +59,7 @@ class SquareImages(Sequence[Tensor]):
     @property
     def identity(self) -> list[Any]:
         """Plain data that changes when the images do."""
-        images: Any = self.images
-        if isinstance(images, ArrayImages):
-            source = hashlib.sha256(images.pixels.tobytes()).hexdigest()
-        else:
-            source = images.data._fingerprint  # of `datasets`: by the files that were read
-        return [self.channels, self.size, len(images), source]
+        return [self.channels, self.size, len(self.images), self.images.identity]
 
 
 def _square(pixels: Pixels, size: int) -> Pixels:

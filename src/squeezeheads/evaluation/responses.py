@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from squeezeheads.distillation import evaluating
+from squeezeheads.batches import evaluating
 from squeezeheads.errors import RecipeError
 
 if TYPE_CHECKING:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from squeezeheads.errors import RecipeError
-from squeezeheads.tasks.image_processing import View, own_processor
-from squeezeheads.tasks.normalisation import Normalisation
+from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.image_inputs.normalisation import Normalisation
+from squeezeheads.image_inputs.processing import View, own_processor
 
 
 class ImageModel(nn.Module):
@@ -58,3 +59,30 @@ class ImageModel(nn.Module):
             return outputs.logits
         states = outputs.last_hidden_state
         return states.mean(1) if states.dim() == 3 else states.flatten(2).mean(2)
+
+
+def load_judge(path: str, image_shape: tuple[int, int], key: str, *, classifies: bool) -> ImageModel:
+    """A vision model that was tried on one image: not every model that can be loaded takes images.
+
+    Args:
+        path: folder or hub name.
+        image_shape: channels, and height and width, of the images that it is to judge.
+        key: where the path stands in the recipe, for messages.
+        classifies: as for ``ImageModel``.
+
+    Raises:
+        RecipeError: it cannot be loaded, or takes no such images; names ``key``.
+    """
+    channels, size = image_shape
+    try:
+        model = ImageModel(path, classifies=classifies)
+        with torch.no_grad():
+            model(torch.zeros(1, channels, size, size))
+    except RecipeError as error:
+        raise RecipeError(f"{key}: {error}") from error
+    except (TypeError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise RecipeError(
+            f"{key}={path!r} cannot judge images of {channels} × {size} × {size}: {in_short(error)} Name a vision "
+            "model of transformers."
+        ) from error
+    return model

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from squeezeheads.errors import RecipeError
-from squeezeheads.tasks.images import Pixels
-from squeezeheads.tasks.normalisation import Normalisation, normalisation_of
+from squeezeheads.image_inputs.normalisation import Normalisation, normalisation_of
 
 CROP_SHARE = 0.875
 """Share of the shorter side that the middle crop keeps where images differ in size: DeiT's 224 of 256."""
@@ -89,7 +89,7 @@ class View:
         self.normalisation = normalisation_of(processor).for_channels(channels, "the image processor")
         self.size = _result_size(processor, channels)
 
-    def unit(self, images: Sequence[Pixels]) -> Tensor:
+    def unit(self, images: Sequence[NDArray[np.uint8]]) -> Tensor:
         """Stored images (C, H, W) → (B, C, size, size), float32, 0 to 1: resized and cropped, not yet normalised.
         Images of fewer levels than bytes have may overshoot white where they are enlarged."""
         done = self.processor(

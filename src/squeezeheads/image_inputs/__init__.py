@@ -1,0 +1,1 @@
+"""How stored images become what an image model takes: size, channels, normalisation."""
