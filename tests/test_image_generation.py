@@ -816,6 +816,11 @@ def test_judges_that_do_not_fit_are_refused_with_the_data(tmp_path):
     classifier(3, num_labels=4).save_pretrained(tmp_path / "four")
     classifier(3, num_channels=2).save_pretrained(tmp_path / "channels")
     language_model(2).save_pretrained(tmp_path / "text")
+    classifier(3).vit.save_pretrained(tmp_path / "headless")
+    headless = str(tmp_path / "headless")
+    assert "headless: classifier.bias and 1 more weights are not in the file" in refused(
+        ImageGeneration(classifier=headless)
+    )
     order, four = str(tmp_path / "order"), str(tmp_path / "four")
     assert "class 0 is '1' to it, and '0' in the data" in refused(ImageGeneration(classifier=order))
     assert f"classifier={four!r} tells 4 classes apart, the data has 10" in refused(ImageGeneration(classifier=four))

@@ -22,7 +22,7 @@ class ImageModel(nn.Module):
         classifies: with its head: logits; otherwise features, the mean over its last tokens or positions.
 
     Raises:
-        RecipeError: it cannot be loaded, or its image processor says what is not understood here.
+        RecipeError: it cannot be loaded, a classifier lacks weights, or its image processor says what is not understood here.
     """
 
     def __init__(self, path: str, *, classifies: bool) -> None:
@@ -31,9 +31,18 @@ class ImageModel(nn.Module):
 
         kind = AutoModelForImageClassification if classifies else AutoModel
         try:
-            self.model = kind.from_pretrained(path, trust_remote_code=False, use_safetensors=True).eval()
+            model, found = kind.from_pretrained(
+                path, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            )
         except (OSError, ValueError, ImportError) as error:
             raise RecipeError(f"{path}: cannot be loaded as a vision model: {error}") from error
+        missing = sorted(found["missing_keys"])
+        if classifies and missing:
+            raise RecipeError(
+                f"{path}: {missing[0]} and {len(missing) - 1} more weights are not in the file; random ones would judge. "
+                "Name a model that was trained to classify."
+            )
+        self.model = model.eval()
         self.classifies = classifies
         self.channels = int(getattr(self.model.config, "num_channels", 3))
         processor = own_processor(path)
