@@ -22,7 +22,8 @@ class ImageModel(nn.Module):
         classifies: with its head: logits; otherwise features, the mean over its last tokens or positions.
 
     Raises:
-        RecipeError: it cannot be loaded, a classifier lacks weights, or its image processor says what is not understood here.
+        RecipeError: it cannot be loaded, a classifier lacks weights, or its image processor says what is not
+            understood here.
     """
 
     def __init__(self, path: str, *, classifies: bool) -> None:
@@ -39,8 +40,8 @@ class ImageModel(nn.Module):
         missing = sorted(found["missing_keys"])
         if classifies and missing:
             raise RecipeError(
-                f"{path}: {missing[0]} and {len(missing) - 1} more weights are not in the file; random ones would judge. "
-                "Name a model that was trained to classify."
+                f"{path}: {missing[0]} and {len(missing) - 1} more weights are not in the file; random ones would "
+                "judge. Name a model that was trained to classify."
             )
         self.model = model.eval()
         self.classifies = classifies
