@@ -21,7 +21,7 @@ from squeezeheads import (
     ReverseKL,
     TaskLoss,
 )
-from squeezeheads.distillation import next_token_targets
+from squeezeheads.batches import next_token_targets
 from squeezeheads.objectives import Evidence
 from squeezeheads.objectives.projected_features import WHITENING_FLOOR
 from squeezeheads.objectives.token_chunks import mean_divergence

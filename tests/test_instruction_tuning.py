@@ -14,7 +14,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from transformers import AutoTokenizer, LlamaConfig
 
 from squeezeheads import Distillation, LogitKD, SqueezedHeads, TaskLoss, attention_divergence, record_attention
-from squeezeheads.distillation import evaluating, padding_rows
+from squeezeheads.batches import evaluating, padding_rows
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.responses import exact_match, rouge_l, sample_responses
 from squeezeheads.recipe import load_recipe

@@ -30,7 +30,7 @@ from squeezeheads import (
     record_attention,
     squeezed_attention_loss,
 )
-from squeezeheads.distillation import next_token_targets
+from squeezeheads.batches import next_token_targets
 from squeezeheads.objectives import OBJECTIVES, squeeze_plan
 from tiny import classifier, deit_student, image_batch, language_model, token_batch
 

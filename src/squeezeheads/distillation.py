@@ -16,8 +16,6 @@ from squeezeheads.batches import (
     Inputs,
     evaluating,
     labelled_targets,
-    next_token_targets,
-    one_pass,
     padding_rows,
 )
 from squeezeheads.objectives import Evidence, Objective
@@ -349,18 +347,3 @@ def _calls(model: nn.Module, positions: list[int], names: Mapping[int, str]) -> 
 def _recording(model: nn.Module, layers: Sequence[str | int] | None) -> Any:
     """Record these layers; ``None`` is all."""
     return nullcontext([]) if layers is not None and not layers else record_attention(model, layers=layers)
-
-
-__all__ = [
-    "ONLY",
-    "PROBABILITIES",
-    "Distillation",
-    "DistillationOutput",
-    "Inputs",
-    "evaluating",
-    "labelled_targets",
-    "named_teachers",
-    "next_token_targets",
-    "one_pass",
-    "padding_rows",
-]
