@@ -8,12 +8,13 @@
 Fashion-MNIST in pixels; DiT and MDTv2 teachers of 6 heads and 6 layers, students of 3 heads and 4 layers; three seeds,
 each with a teacher of its own. All students of a seed have the same start, steps, data order, noise, times and masks.
 On seed 0 every method gets the same search on the validation split's noise error, for DiT: three weights, constant and
-annealed, then three learning rates, either grid widened where its edge wins. MDT takes weight and decay over and
-searches the learning rate. What wins is trained on the other seeds and reported on the test split.
+annealed, then three learning rates, either grid widened where its edge wins. MDT takes weight, decay and learning rate
+of every method over. What wins is trained on the other seeds and reported on the test split.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.environment import ROOT
@@ -59,7 +60,7 @@ STUDY = SettingsStudy(
     work=ROOT / "runs" / "study-generation",
     settings={
         "dit": Setting(DESIGN, UNIT, bench("dit")),
-        "mdt": Setting(DESIGN, UNIT, bench("mdt"), tuned_by="dit"),
+        "mdt": Setting(replace(DESIGN, rates=(), equal_time=()), UNIT, bench("mdt"), tuned_by="dit"),
     },
 )
 
