@@ -7,7 +7,7 @@
 Fashion-MNIST; a teacher of 6 heads and students of 3 and of 2 heads; three seeds, each with a teacher of its own. All
 students of a seed have the same start, steps and data order. On seed 0 every method gets the same search
 on the validation split, for students of 3 heads: three weights, constant and annealed, then three learning rates,
-either grid widened where its edge wins. Students of 2 heads take weight and decay over and search the learning rate.
+either grid widened where its edge wins. Students of 2 heads take weight, decay and learning rate of every method over.
 What wins is trained on the other seeds and reported on the test split.
 """
 
@@ -67,7 +67,7 @@ STUDY = SettingsStudy(
     work=ROOT / "runs" / "study-classification",
     settings={
         "three-heads": Setting(DESIGN, UNIT, bench(3)),
-        "two-heads": Setting(replace(DESIGN, variants={}, equal_time=()), UNIT, bench(2), tuned_by="three-heads"),
+        "two-heads": Setting(replace(DESIGN, variants={}, equal_time=(), rates=()), UNIT, bench(2), tuned_by="three-heads"),
     },
 )
 
