@@ -67,7 +67,9 @@ STUDY = SettingsStudy(
     work=ROOT / "runs" / "study-classification",
     settings={
         "three-heads": Setting(DESIGN, UNIT, bench(3)),
-        "two-heads": Setting(replace(DESIGN, variants={}, equal_time=(), rates=()), UNIT, bench(2), tuned_by="three-heads"),
+        "two-heads": Setting(
+            replace(DESIGN, variants={}, equal_time=(), rates=()), UNIT, bench(2), tuned_by="three-heads"
+        ),
     },
 )
 
