@@ -37,7 +37,8 @@ DESIGN = Design(
     },
     both_decays=("SHD adjacent least_squares", "SHD similar least_squares + relations"),
     equal_time=("no teacher", "prediction matching", "features"),
-    weights=(0.03, 0.1, 0.3),
+    rates=(4e-3, 8e-3, 1.6e-2),
+    weights=(0.1, 0.3, 1.0),
 )  # fmt: skip
 
 
