@@ -1,5 +1,4 @@
-"""How maps are cut into tiles of rows that fit in a cache, and the memory that tiles share: for squeezing and divergence
-alike."""
+"""How maps are cut into tiles of rows that fit in a cache, and the memory that tiles share."""
 
 from __future__ import annotations
 

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, head_index
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
+from squeezeheads.tiled_maps import TiledMaps
 from squeezeheads.tiling import TILE_BYTES, Workspace, tiles
 
 
@@ -154,8 +155,8 @@ class _Sweep:
         self.total = self.total.to(self.dtype)
         self.count = self.count.to(self.dtype)
 
-    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
-        return self.workspace.take(name, shape, dtype or self.dtype)
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+        return self.workspace.take(name, shape, self.dtype)
 
 
 class _Block:
@@ -164,7 +165,7 @@ class _Block:
     Attributes:
         mix: (B, s, t).
         query: (B, s, Q, D), times ``scale`` and by the temperature; ``key``: (B, s, K, D).
-        taught_query, taught_key: the same of the teacher heads.
+        taught: the maps of the teacher heads.
     """
 
     def __init__(self, sweep: _Sweep, heads: list[int], serving: list[int]) -> None:
@@ -173,8 +174,7 @@ class _Block:
         self.mix = sweep.mix[:, heads][:, :, serving]
         self.query = problem.student.query_tile(everything, heads, everything, problem.temperature)
         self.key = problem.student.key_tile(everything, heads, everything)
-        self.taught_query = problem.teacher.query_tile(everything, serving, everything, problem.temperature)
-        self.taught_key = problem.teacher.key_tile(everything, serving, everything)
+        self.taught = TiledMaps(problem.teacher, serving, sweep.workspace, problem.temperature)
 
     def tile(self, samples: slice, rows: slice) -> None:
         sweep, problem, student, teacher = self.sweep, self.problem, self.problem.student, self.problem.teacher
@@ -234,33 +234,17 @@ class _Block:
             )  # fmt: skip
 
     def _squeezed(self, samples: slice, rows: slice) -> Tensor:
-        """(b, s, r, K): the teacher's maps, mixed, on the keys that its rows can reach. Keys that its masks forbid hold
-        0, or what the common support takes out."""
-        teacher, mix = self.problem.teacher, self.mix[samples]
-        keys = teacher.visible_keys(rows)
-        query, key = self.taught_query[samples, :, rows], self.taught_key[samples, :, keys]
-        shape = (*query.shape[:3], key.shape[2])
-        scores = torch.matmul(query, key.transpose(-1, -2), out=self.sweep.take("maps", shape, query.dtype))
-        allowed, bias = teacher.mask_tile(samples, self.serving, rows, keys, causality=False)
-        if bias is not None:
-            scores += bias / self.problem.temperature
-        if allowed is not None:
-            scores.masked_fill_(~allowed, NEGATIVE)
-        if teacher.is_causal:
-            self.sweep.workspace.fill_future(scores, rows, NEGATIVE)
-        # In place where that is known to work.
-        maps = torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)
-        if allowed is not None and allowed.shape[1] > 1:
-            maps *= allowed  # a head may be allowed nothing in a row where others are
-        maps = maps.to(self.sweep.dtype)
+        """(b, s, r, K): the teacher's maps, mixed, on the keys that its rows can reach; a row without any is for the
+        common support to take out."""
+        mix, maps = self.mix[samples], self.taught.tile(samples, rows).to(self.sweep.dtype)
         if mix.shape[1] == 1:
             # In place and head by head: cheaper than a product with one row.
             mixed = maps[:, :1].mul_(mix[:, :, :1, None])
             for t in range(1, maps.shape[1]):
                 mixed.addcmul_(maps[:, t : t + 1], mix[:, :, t : t + 1, None])
             return mixed
-        flat = self.sweep.take("squeezed", (shape[0], mix.shape[1], shape[2] * shape[3]))
-        return torch.matmul(mix, maps.flatten(2), out=flat).unflatten(2, shape[2:])
+        shape = (maps.shape[0], mix.shape[1], *maps.shape[2:])
+        return torch.matmul(mix, maps.flatten(2), out=self.sweep.take("squeezed", shape).flatten(2)).view(shape)
 
     def _common_mask(self, for_student: Tensor | None, samples: slice, rows: slice, keys: slice) -> Tensor | None:
         """Keys that the masks of the student and of a serving teacher head allow; ``None`` where that is all of
