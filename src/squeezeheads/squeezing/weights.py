@@ -147,9 +147,14 @@ def _solve(
     else:
         collected = difference_grams(record, groups, rows) if grams is None else grams
         solver = {"least_squares": _rounds, "joint": _joint, "select": _select}[weights]
-    return [
-        ones(1) if len(group) == 1 else solver(gram, len(group)) for group, gram in zip(groups, collected, strict=True)
-    ]
+    # Groups of one size are solved together, as if they were samples of one batch.
+    found = [ones(1)] * len(groups)
+    for size in {len(group) for group in groups} - {1}:
+        alike = [index for index, group in enumerate(groups) if len(group) == size]
+        solved = solver(torch.cat([collected[index] for index in alike]), size).split(batch)
+        for index, weight in zip(alike, solved, strict=True):
+            found[index] = weight
+    return found
 
 
 def residual(gram: Tensor, weights: Tensor) -> Tensor:
