@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Bytes of maps that a tile may hold: small enough to stay in a core's cache, large enough for efficient products.
-TILE_BYTES = 4 * 2**20
+# Bytes of maps that a tile may hold: small enough for a cache, large enough for efficient products.
+TILE_BYTES = 8 * 2**20
 
 # A tile of more rows gains nothing in its products, and under a causal mask makes scores that no row may see.
 CAUSAL_ROWS = 128
