@@ -159,7 +159,7 @@ def make_step(version: str, setting: Setting) -> Callable[[], None]:
     if setting.outputs != "logits":
         options = {"rows": lambda inputs: None, "targets": lambda inputs: None}
     elif "input_ids" in setting.batch:
-        from squeezeheads import next_token_targets
+        from squeezeheads.batches import next_token_targets
 
         options = {"targets": next_token_targets, "loss_takes_count": True}
     teacher = None if version == "no teacher" else setting.teacher
