@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,7 +13,7 @@ from squeezeheads.divergence.tiled import tiled_divergence
 
 __all__ = ["attention_divergence", "check_comparable", "check_same_samples", "reference_divergence", "tiled_divergence"]
 
-_IMPLEMENTATIONS = {"reference": reference_divergence, "tiled": tiled_divergence}
+_IMPLEMENTATIONS = ("tiled", "triton", "reference")
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -41,8 +43,8 @@ def attention_divergence(
         reduction: ``"mean"``: Σ weight · KL / Σ weight over valid rows and student heads, in nats per valid row and
             head, 0 where no row is valid; ``"sum"``: its numerator; ``"none"``: (B, S, Q), nats, unweighted, 0 at rows
             that do not count.
-        implementation: ``"tiled"`` never holds a map outside a tile of rows; ``"reference"`` is dense and plain, for
-            tests. ``"auto"`` is ``"tiled"``.
+        implementation: ``"tiled"`` never holds a map outside a tile of rows; ``"triton"`` are fused kernels for CUDA
+            that no GPU has run yet; ``"reference"`` is dense and plain, for tests. ``"auto"`` is ``"tiled"``.
 
     Returns:
         A scalar (or (B, S, Q)), float32; float64 for float64 records.
@@ -50,7 +52,9 @@ def attention_divergence(
     Raises:
         ValueError: shapes that do not fit together (both are named), an unknown option, a temperature that is not
             positive.
-        RuntimeError: a second derivative is asked of the tiled implementation.
+        RuntimeError: a second derivative is asked of another implementation than ``"reference"``; ``"triton"`` without
+            a CUDA device.
+        ImportError: ``"triton"`` where Triton is not installed.
 
     Source: SHD, arXiv 2502.07436 (KL between squeezed and student maps); METHOD §4 (direction, average,
     support, gradient).
@@ -73,4 +77,17 @@ def attention_divergence(
     mix = mix.detach()
     mix = mix / mix.sum(-1, keepdim=True)  # rounded weights (bf16) would leave P short of 1
     with torch.autocast(student_record.query.device.type, enabled=False):
-        return _IMPLEMENTATIONS[name](student_record, teacher_record, mix, weights, temperature, reduction)
+        return _implementation(name)(student_record, teacher_record, mix, weights, temperature, reduction)
+
+
+def _implementation(name: str) -> Callable[..., Tensor]:
+    if name == "triton":  # an optional package
+        try:
+            from squeezeheads.divergence.triton import triton_divergence
+        except ModuleNotFoundError as missing:
+            raise ImportError(
+                f'implementation="triton" needs the package {missing.name!r}, which the CUDA builds of torch for Linux '
+                'bring (elsewhere: pip install triton); "tiled" works without.'
+            ) from missing
+        return triton_divergence
+    return {"reference": reference_divergence, "tiled": tiled_divergence}[name]

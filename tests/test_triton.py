@@ -1,0 +1,162 @@
+"""The Triton kernels, in Triton's interpreter, against the dense float64 oracle."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+import oracle
+import test_divergence
+from oracle import changed
+from squeezeheads import attention_divergence, group_heads
+from squeezeheads.divergence import triton as kernels
+from squeezeheads.squeezing.residuals import difference_grams
+from squeezeheads.squeezing.triton_grams import triton_difference_grams
+from strategies import MASKS, cases, generator, make_case, make_record, make_rows
+from test_divergence import check, run, tame
+
+# Small, odd, and now and then more than a block of 64.
+lengths = st.one_of(st.integers(1, 9), st.integers(1, 40), st.integers(60, 70))
+some_cases = cases(lengths=lengths, most_heads=6)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def frozen_masks():
+    """No mask asks for a gradient: the kernels refuse learned ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(test_divergence, "LEAVES", ("query", "key"))
+        yield
+
+
+@settings(max_examples=25)
+@given(case=some_cases, reduction=st.sampled_from(("mean", "sum", "none")))
+def test_float32_equals_the_oracle(case, reduction):
+    assume(tame(case))
+    incoming = None
+    if reduction == "none":
+        shape = (*case.mix.shape[:2], case.student.query.shape[2])
+        incoming = torch.randn(shape, generator=generator(5))
+    check(case, "triton", reduction, incoming)
+
+
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
+@settings(max_examples=8)
+@given(data=st.data())
+def test_half_precision_equals_the_oracle(dtype, data):
+    """P and Q are rounded to the inputs' format before they are multiplied with keys and queries, nothing else is."""
+    case = data.draw(cases(dtype=dtype, lengths=lengths, most_heads=6))
+    assume(tame(case))
+    check(case, "triton", product_eps=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("queries, keys", ((1, 1), (1, 63), (63, 1), (64, 64), (65, 65), (130, 130), (63, 200)))
+@pytest.mark.parametrize("mask", ("none", "causal"))
+def test_odd_sizes(queries, keys, mask):
+    sizes = {"queries": queries, "keys": keys, "batch": 1, "student_heads": 2, "teacher_heads": 3}
+    check(make_case(student_mask=mask, teacher_mask=mask, mix="dense", **sizes), "triton")
+
+
+@pytest.mark.parametrize("student_mask", MASKS)
+def test_every_mask_on_both_sides(student_mask):
+    heads = {"student_heads": 6, "student_kv_heads": 2, "teacher_heads": 8, "teacher_kv_heads": 4}
+    for seed, teacher_mask in enumerate(("none", "causal", "causal_and_padding", "random_per_head", "bias_inf")):
+        case = make_case(
+            seed, queries=13, keys=13, student_mask=student_mask, teacher_mask=teacher_mask, rows="float", **heads
+        )
+        check(case, "triton")
+
+
+@pytest.mark.parametrize("block", (16, 32, 128))
+def test_blocks_change_nothing(block):
+    case = make_case(3, queries=70, keys=70, student_mask="causal", teacher_mask="causal")
+    student = test_divergence.with_leaves(case.student)
+    loss = kernels.triton_divergence(student, case.teacher, case.mix, block=block)
+    loss.backward()
+    expected, gradients = run(case, "tiled")
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for name, gradient in gradients.items():
+        assert torch.allclose(getattr(student, name).grad, gradient, atol=1e-7, rtol=1e-4)
+
+
+def test_a_single_query_gets_the_gradient_that_it_asks_for():
+    case = make_case(4, queries=9, keys=9)
+    for name in ("query", "key"):
+        alone = changed(case.student, **{name: getattr(case.student, name).clone().requires_grad_()})
+        attention_divergence(alone, case.teacher, case.mix, implementation="triton").backward()
+        assert torch.allclose(getattr(alone, name).grad, run(case, "tiled")[1][name], atol=1e-7, rtol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------- the Gram pass
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_grams_equal_the_dense_ones(kind, dtype):
+    record = make_record(5, heads=6, kv_heads=3, queries=21, keys=21, width=5, value_width=7, mask=kind, dtype=dtype)
+    rows = make_rows("float", generator(3), 2, 21)
+    groups = ((0, 3, 4), (1, 5), (2,))
+    # Differences are rounded to the inputs' format before they are multiplied with values.
+    eps = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
+    exact = difference_grams(oracle.lift(record), groups, rows)
+    for found, expected in zip(triton_difference_grams(record, groups, rows), exact, strict=True):
+        size = expected.diagonal(dim1=1, dim2=2).sqrt()
+        allowance = eps * (size[:, :, None] * size[:, None] + size.square().amax(1)[:, None, None])
+        assert found.shape == expected.shape and ((found - expected).abs() <= allowance + 1e-9).all()
+
+
+@pytest.mark.parametrize("tokens", (1, 63, 64, 65, 130))
+def test_grams_of_odd_sizes(tokens):
+    record = make_record(6, batch=1, heads=4, queries=tokens, mask="causal")
+    groups = group_heads(4, 2)
+    exact = difference_grams(oracle.lift(record), groups, None)
+    for found, expected in zip(triton_difference_grams(record, groups, None), exact, strict=True):
+        assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()) + 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------ refusals
+
+
+def test_learned_masks_are_refused():
+    case = make_case(student_mask="bias")
+    student = changed(case.student, attention_mask=case.student.attention_mask.requires_grad_())
+    with pytest.raises(ValueError, match="makes no gradient for the attention mask of 'student.attention'"):
+        attention_divergence(student, case.teacher, case.mix, implementation="triton")
+
+
+def test_float64_is_refused():
+    case = make_case(dtype=torch.float64)
+    with pytest.raises(ValueError, match='use "tiled" or "reference" for float64'):
+        attention_divergence(case.student, case.teacher, case.mix, implementation="triton")
+    with pytest.raises(ValueError, match="float64"):
+        triton_difference_grams(case.teacher, group_heads(4, 2), None)
+
+
+def test_a_second_derivative_is_refused():
+    case = make_case()
+    student = test_divergence.with_leaves(case.student)
+    loss = attention_divergence(student, case.teacher, case.mix, implementation="triton")
+    (gradient,) = torch.autograd.grad(loss, student.query, create_graph=True)
+    with pytest.raises(RuntimeError, match="the Triton attention divergence has no second derivative"):
+        gradient.sum().backward()
+
+
+def test_a_processor_is_refused_without_the_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET")
+    case = make_case()
+    with pytest.raises(RuntimeError, match="needs a CUDA device, but 'student.attention' is on cpu"):
+        attention_divergence(case.student, case.teacher, case.mix, implementation="triton")
+
+
+def test_without_triton_the_error_says_what_brings_it():
+    program = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, squeezeheads as sh\n"
+        "r = sh.AttentionRecord('a', torch.ones(1, 1, 2, 4), torch.ones(1, 1, 2, 4))\n"
+        "sh.attention_divergence(r, r, torch.ones(1, 1, 1))\n"
+        "sh.attention_divergence(r, r, torch.ones(1, 1, 1), implementation='triton')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert "ImportError: implementation=\"triton\" needs the package 'triton'" in done.stderr
