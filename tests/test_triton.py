@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 import oracle
 import test_divergence
 from oracle import changed
-from squeezeheads import attention_divergence, group_heads
+from squeezeheads import attention_divergence, group_heads, mixing_matrix, squeezed_attention_loss
 from squeezeheads.divergence import triton as kernels
-from squeezeheads.squeezing.residuals import difference_grams
+from squeezeheads.squeezing import weights as weights_module
 from squeezeheads.squeezing.triton_grams import triton_difference_grams
 from strategies import MASKS, cases, generator, make_case, make_record, make_rows
 from test_divergence import check, run, tame
@@ -92,28 +92,66 @@ def test_a_single_query_gets_the_gradient_that_it_asks_for():
 # ------------------------------------------------------------------------------------------------------- the Gram pass
 
 
+def dense_gram(record, group, rows=None):
+    """(B, (k−1)·k, (k−1)·k) inner products of the (A_i − A_0) X_l over the rows that count."""
+    maps, circuits = oracle.maps(oracle.lift(record)), oracle.circuits(oracle.lift(record))
+    first, *others = group
+    vectors = [(maps[:, i] - maps[:, first]) @ circuits[:, head] for i in others for head in group]  # (B, Q, E)
+    weights = 1.0 if rows is None else rows.double().sqrt()[..., None]
+    flat = torch.stack([(vector * weights).flatten(1) for vector in vectors], dim=1)
+    return flat @ flat.transpose(1, 2)
+
+
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_grams_equal_the_dense_ones(kind, dtype):
     record = make_record(5, heads=6, kv_heads=3, queries=21, keys=21, width=5, value_width=7, mask=kind, dtype=dtype)
     rows = make_rows("float", generator(3), 2, 21)
-    groups = ((0, 3, 4), (1, 5), (2,))
+    groups = ((0, 3, 4), (1, 5))
     # Differences are rounded to the inputs' format before they are multiplied with values.
     eps = 1e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps
-    exact = difference_grams(oracle.lift(record), groups, rows)
-    for found, expected in zip(triton_difference_grams(record, groups, rows), exact, strict=True):
-        size = expected.diagonal(dim1=1, dim2=2).sqrt()
-        allowance = eps * (size[:, :, None] * size[:, None] + size.square().amax(1)[:, None, None])
-        assert found.shape == expected.shape and ((found - expected).abs() <= allowance + 1e-9).all()
+    for group, found in zip(groups, triton_difference_grams(record, groups, rows), strict=True):
+        expected = dense_gram(record, group, rows)
+        size = expected.diagonal(dim1=1, dim2=2).amax(1)[:, None, None]
+        assert found.shape == expected.shape and ((found - expected).abs() <= eps * size + 1e-9).all()
 
 
 @pytest.mark.parametrize("tokens", (1, 63, 64, 65, 130))
 def test_grams_of_odd_sizes(tokens):
     record = make_record(6, batch=1, heads=4, queries=tokens, mask="causal")
-    groups = group_heads(4, 2)
-    exact = difference_grams(oracle.lift(record), groups, None)
-    for found, expected in zip(triton_difference_grams(record, groups, None), exact, strict=True):
+    for group, found in zip(((0, 1), (2, 3)), triton_difference_grams(record, ((0, 1), (2, 3)), None), strict=True):
+        expected = dense_gram(record, group)
         assert torch.allclose(found, expected, atol=1e-5 * float(expected.abs().max()) + 1e-12)
+
+
+def test_single_heads_have_no_differences():
+    grams = triton_difference_grams(make_record(), ((0,), (1, 2), (3,)), None)
+    assert [gram.shape for gram in grams] == [(2, 0, 0), (2, 2, 2), (2, 0, 0)]
+
+
+@pytest.mark.parametrize("weights", ("least_squares", "joint", "select"))
+@pytest.mark.parametrize("alpha_rows", (None, 9))
+def test_mixing_matrices_are_the_tiled_ones(weights, alpha_rows):
+    record = make_record(8, heads=5, queries=30, mask="causal")
+    options = {"weights": weights, "alpha_rows": alpha_rows}
+    found, expected = (
+        mixing_matrix(record, group_heads(5, 2), implementation=name, **options) for name in ("triton", "tiled")
+    )
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_the_loss_takes_the_implementation_along(monkeypatch):
+    teacher, student = make_record(9, heads=4, queries=20), make_record(10, heads=2, queries=20)
+    student.query.requires_grad_()
+    calls = []
+    counted = weights_module.triton_grams
+    monkeypatch.setattr(weights_module, "triton_grams", lambda: calls.append(1) or counted())
+    tiled = squeezed_attention_loss([student], [teacher])
+    assert calls == []
+    assert squeezed_attention_loss([student], [teacher], implementation="triton").item() == pytest.approx(
+        tiled.item(), rel=1e-5
+    )
+    assert calls == [1]
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals

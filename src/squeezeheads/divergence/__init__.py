@@ -10,6 +10,7 @@ from torch import Tensor
 from squeezeheads.attention import AttentionRecord, check_comparable, check_rows, check_same_samples
 from squeezeheads.divergence.reference import reference_divergence
 from squeezeheads.divergence.tiled import tiled_divergence
+from squeezeheads.extras import needs_triton
 
 __all__ = ["attention_divergence", "check_comparable", "check_same_samples", "reference_divergence", "tiled_divergence"]
 
@@ -82,12 +83,7 @@ def attention_divergence(
 
 def _implementation(name: str) -> Callable[..., Tensor]:
     if name == "triton":  # an optional package
-        try:
+        with needs_triton():
             from squeezeheads.divergence.triton import triton_divergence
-        except ModuleNotFoundError as missing:
-            raise ImportError(
-                f'implementation="triton" needs the package {missing.name!r}, which the CUDA builds of torch for Linux '
-                'bring (elsewhere: pip install triton); "tiled" works without.'
-            ) from missing
         return triton_divergence
     return {"reference": reference_divergence, "tiled": tiled_divergence}[name]

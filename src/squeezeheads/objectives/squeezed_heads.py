@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -111,7 +112,10 @@ def _layer_loss(
         check_comparable(student, teacher)
     else:
         (student, teacher), rows = tokens.squeezed(student, teacher), tokens.rows(rows)
-    mix = mixing_matrix(teacher, groups, weights=weights, rows=rows, alpha_rows=alpha_rows)
+    mix = mixing_matrix(
+        teacher, groups, weights=weights, rows=rows, alpha_rows=alpha_rows,
+        implementation="triton" if implementation == "triton" else "auto",
+    )  # fmt: skip
     return attention_divergence(
         student, teacher, mix, rows=rows, temperature=temperature, implementation=implementation
     )
@@ -127,6 +131,8 @@ class SqueezedHeads(SqueezedObjective):
     alpha_rows: int | None = None
     """Find weights that are found from maps from so many of each sample's rows, drawn evenly, in place of all of them:
     less time for an α that varies a little with the draw."""
+    implementation: Literal["auto", "tiled", "triton"] = "auto"
+    """How it is computed: in tiles, anywhere; by fused kernels for CUDA that no GPU has run yet. "auto" is "tiled"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -149,6 +155,7 @@ class SqueezedHeads(SqueezedObjective):
                 self.alpha_rows,
                 evidence.rows,
                 self.temperature,
+                self.implementation,
             )
             for student, teacher, layer in zip(learned, taught, self.plan, strict=True)
         ]

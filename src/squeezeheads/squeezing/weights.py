@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord
+from squeezeheads.extras import needs_triton
 from squeezeheads.squeezing.residuals import HeadGroups, check_groups, difference_grams, value_grams
 from squeezeheads.squeezing.row_sample import sample_rows
 
 WEIGHTS = ("least_squares", "joint", "values", "mean", "select")
 MAP_WEIGHTS = ("least_squares", "joint", "select")
 """Those that are found from the teacher's maps."""
+_IMPLEMENTATIONS = ("auto", "tiled", "triton")
 
 
 @torch.no_grad()
@@ -26,6 +28,7 @@ def mixing_matrix(
     rows: Tensor | None = None,
     alpha_rows: int | None = None,
     seed: int = 0,
+    implementation: str = "auto",
 ) -> Tensor:
     """Convex weights that squeeze the teacher's ``T`` heads into ``S``: squeezed maps are ``mix @ maps``.
 
@@ -44,25 +47,32 @@ def mixing_matrix(
             evenly, in place of all of them: less time for an α that varies a little with the draw. The other modes look
             at no map and don't change.
         seed: of that draw; the same rows are drawn at each call.
+        implementation: of the pass over the maps that those modes need: ``"tiled"``; ``"triton"``, a fused kernel for
+            CUDA that no GPU has run yet; ``"auto"`` is ``"tiled"``.
 
     Returns:
         (B, S, T) float32 (float64 for a float64 record), no gradient; rows are non-negative and sum to 1.
 
     Raises:
         ValueError: unknown ``weights``, groups that do not fit, values or output projection not known where needed,
-            ``alpha_rows`` below 1.
+            ``alpha_rows`` below 1, unknown ``implementation``.
+        RuntimeError: ``"triton"`` without a CUDA device.
+        ImportError: ``"triton"`` where Triton is not installed.
 
     Source: SHD, arXiv 2502.07436 (form of the merge); METHOD §3 (solutions, carry over rounds, joint answer).
     """
     check_weights(weights)
     check_alpha_rows(alpha_rows)
+    if implementation not in _IMPLEMENTATIONS:
+        expected = ", ".join(_IMPLEMENTATIONS)
+        raise ValueError(f"implementation={implementation!r} is unknown: expected one of {expected}.")
     groups = check_groups(groups, teacher_record.num_heads, teacher_record.name)
     if alpha_rows is not None and weights in MAP_WEIGHTS and any(len(group) > 1 for group in groups):
         teacher_record, rows = sample_rows(teacher_record, rows, alpha_rows, seed)
     batch, device = teacher_record.query.shape[0], teacher_record.query.device
     dtype = torch.float64 if teacher_record.query.dtype == torch.float64 else torch.float32
     mix = torch.zeros(batch, len(groups), teacher_record.num_heads, dtype=dtype, device=device)
-    for index, solved in enumerate(_solve(teacher_record, groups, weights, rows)):
+    for index, solved in enumerate(_solve(teacher_record, groups, weights, rows, implementation=implementation)):
         mix[:, index, list(groups[index])] = solved.to(dtype)
     return mix
 
@@ -133,6 +143,7 @@ def _solve(
     weights: str,
     rows: Tensor | None,
     grams: list[Tensor] | None = None,
+    implementation: str = "auto",
 ) -> list[Tensor]:
     """Weights (B, k) float64 of each group."""
     batch, device = record.query.shape[0], record.query.device
@@ -145,7 +156,8 @@ def _solve(
     if weights == "values":
         collected, solver = value_grams(record, groups, rows), _rounds_by_values
     else:
-        collected = difference_grams(record, groups, rows) if grams is None else grams
+        collect = triton_grams() if implementation == "triton" else difference_grams
+        collected = collect(record, groups, rows) if grams is None else grams
         solver = {"least_squares": _rounds, "joint": _joint, "select": _select}[weights]
     # Groups of one size are solved together, as if they were samples of one batch.
     found = [ones(1)] * len(groups)
@@ -155,6 +167,17 @@ def _solve(
         for index, weight in zip(alike, solved, strict=True):
             found[index] = weight
     return found
+
+
+def triton_grams() -> Callable[..., list[Tensor]]:
+    """The Gram pass as a kernel.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    with needs_triton():
+        from squeezeheads.squeezing.triton_grams import triton_difference_grams
+    return triton_difference_grams
 
 
 def residual(gram: Tensor, weights: Tensor) -> Tensor:
