@@ -3,7 +3,8 @@
     python -m benchmarks.alpha_rows    # needs `make assets`; writes results/speed/alpha-rows.json
 
 SmolLM2-135M-Instruct (4-bit rounding), all 30 layers, 9 heads into 3, ``least_squares``, on held-out sequences of 384
-tokens (those of ``benchmarks.residuals``); adjacent groups, and ``similar`` ones calibrated on other sequences. For each number of rows and five draws, beside the α of all rows:
+tokens (those of ``benchmarks.residuals``); adjacent groups, and ``similar`` ones calibrated on other sequences. For
+each number of rows and five draws, beside the α of all rows:
 
 * ``weight_error``: mean absolute difference of the weights of a merge;
 * ``excess``: by how much more the squeezed layer misses what it writes, as a share of the layer's energy (the α of all
