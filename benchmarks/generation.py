@@ -36,8 +36,8 @@ DESIGN = Design(
         "SHD without matching": "SHD similar least_squares",
     },
     both_decays=("SHD adjacent least_squares", "SHD similar least_squares + relations"),
-    equal_time=("no teacher", "prediction matching", "features"),
-    weights=(0.03, 0.1, 0.3),
+    rates=(4e-3, 8e-3, 1.6e-2),
+    weights=(0.1, 0.3, 1.0),
 )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ STUDY = SettingsStudy(
     work=ROOT / "runs" / "study-generation",
     settings={
         "dit": Setting(DESIGN, UNIT, bench("dit")),
-        "mdt": Setting(replace(DESIGN, rates=(), equal_time=()), UNIT, bench("mdt"), tuned_by="dit"),
+        "mdt": Setting(replace(DESIGN, rates=(), variants={}), UNIT, bench("mdt"), tuned_by="dit"),
     },
 )
 

@@ -69,7 +69,7 @@ class GenerationBench(StudentBench):
             validation_size=2000,
             test_size=5000,
             diffusion=DiffusionSpec(schedule="squaredcos_cap_v2", min_snr=5.0, ema_decay=EMA_DECAY),
-            sampling=SamplingSpec(sampler="ddim", steps=20, guidance=2.0, images=5000, batch_size=125),
+            sampling=SamplingSpec(sampler="ddim", steps=10, guidance=2.0, images=5000, batch_size=125),
         )
         super().__init__(task, work)
 

@@ -161,7 +161,9 @@ class Study:
     def tune(self, method: str) -> None:
         """Weight and decay at the reference's learning rate, then the learning rate at the best of them."""
         if self.tuned is not None and not self.design.rates:
-            self._search(self.tuned.best(method))
+            # Its own search is a run each: what is reported is chosen by this setting's scores.
+            for run in self.tuned.chosen(method):
+                self._search(run)
             return
         if method in self.design.unweighted:
             self.tune_rate(method, None, "none")

@@ -28,6 +28,8 @@ def write_page(page: Path, prefix: str, studies: Mapping[str, Study], units: Map
             ("gains", _gains(study)),
             ("search", _search(study)),
         ):
+            if table == "time" and not study.design.equal_time:
+                continue
             text = between(page, text, f"{name} {table}", markdown(rows))
         image = page.parent / "images" / f"{prefix}-{name}.png"
         drawn = _draw(study, image, units[name].replace("test", "validation"))

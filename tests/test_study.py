@@ -199,8 +199,11 @@ def test_a_setting_without_rates_takes_them_over(study, tmp_path):
     first = study()
     first.complete()
     bench = Bench()
-    design = replace(DESIGN, rates=(), variants={}, further=(), both_decays=())
+    design = replace(DESIGN, rates=(), variants={}, further=())
+    assert design.both_decays
     second = Study("third", design, tmp_path / "third.jsonl", lambda: bench, tuned=first)
     assert second.complete()
     runs = [run for run in bench.made if run.seed == 0 and run.steps == design.steps]
-    assert runs == [first.best(method) for method in (*design.unweighted, *design.main)]
+    assert runs == [run for method in (*design.unweighted, *design.main) for run in first.chosen(method)]
+    written = [second.chosen(method) for method in design.both_decays]
+    assert all(len(second.lines(run)) == 3 for runs in written for run in runs)
