@@ -8,25 +8,37 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-# Bytes of maps that a tile may hold: small enough for a cache, large enough for efficient products.
+# Bytes of maps that a tile may hold: small enough for a core's cache, large enough for efficient products. Other
+# devices want more work at a time; theirs has not been measured.
 TILE_BYTES = 8 * 2**20
+DEVICE_TILE_BYTES = 256 * 2**20
 
 # A tile of more rows gains nothing in its products, and under a causal mask makes scores that no row may see.
 CAUSAL_ROWS = 128
 
 
 def tiles(
-    batch: int, num_rows: int, row_bytes: int, tile_bytes: int = TILE_BYTES, *, causal: bool = False
+    batch: int,
+    num_rows: int,
+    row_bytes: int,
+    device: torch.device,
+    tile_bytes: int | None = None,
+    *,
+    causal: bool = False,
 ) -> list[tuple[slice, slice]]:
-    """Slices of samples and of rows that cover (batch, num_rows), each holding about ``tile_bytes``.
+    """Slices of samples and of rows that cover (batch, num_rows).
 
     Samples go together while they fit. A tile has at least 16 rows (or all there are), or its products degenerate
     into matrix-vector products.
 
     Args:
         row_bytes: bytes that one row of one sample needs.
+        device: where the maps are made.
+        tile_bytes: bytes that a tile may hold; by default what suits the device.
         causal: the keys that a tile needs end with its last row: no tile has more than ``CAUSAL_ROWS`` rows.
     """
+    if tile_bytes is None:
+        tile_bytes = TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
     fitting = max(tile_bytes // max(row_bytes, 1), 16)
     rows = max(min(fitting, num_rows, CAUSAL_ROWS if causal else num_rows), 1)
     samples = max(1, min(batch, fitting // rows))
@@ -47,7 +59,7 @@ class Workspace:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
         self._future: Tensor | None = None
 
@@ -55,7 +67,7 @@ class Workspace:
         """A contiguous tensor of any content. It lives until the same name is taken again."""
         size, key = math.prod(shape), (name, dtype)
         if key not in self._kept or self._kept[key].numel() < size:
-            self._kept[key] = torch.empty(size, dtype=dtype, device=self._device)
+            self._kept[key] = torch.empty(size, dtype=dtype, device=self.device)
         return self._kept[key][:size].view(*shape)
 
     def fill_future(self, tensor: Tensor, rows: slice, value: float) -> None:
@@ -69,5 +81,5 @@ class Workspace:
         if size[1] == 0:
             return
         if self._future is None or not (self._future.shape[0] >= size[0] and self._future.shape[1] >= size[1]):
-            self._future = torch.ones(max(size), max(size), dtype=torch.bool, device=self._device).triu_(1)
+            self._future = torch.ones(max(size), max(size), dtype=torch.bool, device=self.device).triu_(1)
         corner.masked_fill_(self._future[: size[0], : size[1]], value)

@@ -20,7 +20,7 @@ from torch import Tensor
 from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, head_index
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
 from squeezeheads.tiled_maps import TiledMaps
-from squeezeheads.tiling import TILE_BYTES, Workspace, tiles
+from squeezeheads.tiling import Workspace, tiles
 
 
 def tiled_divergence(
@@ -30,7 +30,7 @@ def tiled_divergence(
     rows: Tensor | None = None,
     temperature: float = 1.0,
     reduction: str = "mean",
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> Tensor:
     """See ``squeezeheads.divergence.attention_divergence``; arguments already checked.
 
@@ -57,7 +57,7 @@ class _Problem:
     mix: Tensor
     rows: Tensor | None
     temperature: float
-    tile_bytes: int
+    tile_bytes: int | None
 
 
 _REFUSAL = (
@@ -150,7 +150,8 @@ class _Sweep:
                 # Teacher maps, the student's scores and map, and the ratio of both maps live at the same time.
                 row_bytes = 4 * student.num_keys * (len(serving) + 4 * len(heads))
                 # The last rows see the most keys: the workspace grows once.
-                for samples, rows in reversed(tiles(batch, queries, row_bytes, problem.tile_bytes, causal=self.causal)):
+                device, most = student.query.device, problem.tile_bytes
+                for samples, rows in reversed(tiles(batch, queries, row_bytes, device, most, causal=self.causal)):
                     block.tile(samples, rows)
         self.total = self.total.to(self.dtype)
         self.count = self.count.to(self.dtype)

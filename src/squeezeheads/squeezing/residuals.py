@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from squeezeheads.attention import AttentionRecord, check_rows, compute_dtype, take_heads
 from squeezeheads.tiled_maps import TiledMaps
-from squeezeheads.tiling import TILE_BYTES, Workspace, tiles
+from squeezeheads.tiling import Workspace, tiles
 
 HeadGroups = tuple[tuple[int, ...], ...]
 """Teacher heads (counted from 0) of each student head."""
@@ -78,7 +78,7 @@ def require_values(
 
 
 def difference_grams(
-    record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None, tile_bytes: int = TILE_BYTES
+    record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None, tile_bytes: int | None = None
 ) -> list[Tensor]:
     """Gram matrices of the ``D_i X_l`` of each group, summed over query rows. No gradient.
 
@@ -107,7 +107,8 @@ def difference_grams(
         circuits = {index: _Circuits(record, value, weight, groups[index], keep=apart) for index in together}
         row_bytes = 4 * len(heads) * record.num_keys
         # The last rows see the most keys: the workspace grows once.
-        for samples, tile in reversed(tiles(batch, record.num_queries, row_bytes, tile_bytes, causal=record.is_causal)):
+        parts = tiles(batch, record.num_queries, row_bytes, workspace.device, tile_bytes, causal=record.is_causal)
+        for samples, tile in reversed(parts):
             keys = record.visible_keys(tile)
             with torch.autocast(record.query.device.type, enabled=False):
                 maps = maps_of.tile(samples, tile)
@@ -162,7 +163,7 @@ def attention_energy(record: AttentionRecord, rows: Tensor | None = None) -> Ten
     values = take_heads(value, [record.key_value_head(h) for h in heads]).to(dtype)
     merged = weight.to(dtype).flatten(0, 1)
     with torch.no_grad(), torch.autocast(record.query.device.type, enabled=False):
-        for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys):
+        for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys, record.query.device):
             keys = record.visible_keys(tile)
             maps = record.map_tile(samples, heads, tile, keys)
             written = (maps @ values[samples, :, keys]).transpose(1, 2).flatten(2) @ merged
@@ -180,7 +181,7 @@ def attended_keys(record: AttentionRecord, rows: Tensor | None) -> Tensor:
         counted = row_weights > 0
     seen = torch.zeros(batch, record.num_keys, dtype=torch.bool, device=device)
     heads = tuple(range(record.num_heads))
-    for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys):
+    for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys, record.query.device):
         keys = record.visible_keys(tile)
         allowed, _ = record.mask_tile(samples, heads, tile, keys)
         counts = counted[samples, tile]
