@@ -2,12 +2,15 @@
 
 The high-water mark of the process's resident memory is set back to what is in use (``/proc/self/clear_refs``), the work
 is done, and the mark is read (``VmHWM``). ``VmHWM`` is ``ru_maxrss`` of this process alone; Linux hands ``ru_maxrss``
-itself down from a process to those it starts. Where there is no ``/proc``, ``ru_maxrss`` is taken before and after. The
-process should be fresh: memory that was freed to the allocator counts as in use.
+itself down from a process to those it starts. Where there is no ``/proc``, ``ru_maxrss`` is taken before and after.
+Memory that was freed to the allocator would count as in use, and what is taken from there as nothing: glibc gives it
+back first.
 """
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import resource
 import sys
 from collections.abc import Callable
@@ -20,9 +23,18 @@ STATUS = Path("/proc/self/status")
 
 def peak_above(work: Callable[[], Result]) -> tuple[Result, int, int]:
     """What the work returns, bytes at its peak above those in use before, and those in use before."""
+    _give_back()
     before = _resident_bytes()
     result = work()
     return result, _peak_bytes() - before, before
+
+
+def _give_back() -> None:
+    """Return what was freed to the system, where the C library can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        gc.collect()
+        trim(0)
 
 
 def available_bytes() -> int | None:

@@ -794,3 +794,13 @@ def test_every_mask_kind_of_the_strategies_is_what_it_says():
             assert may.all()
         else:
             assert may.any() and not may.all()
+
+
+@both
+def test_an_empty_batch_gives_nothing(implementation):
+    case = make_case()
+    student, teacher = (
+        changed(record, query=record.query[:0], key=record.key[:0], value=record.value[:0])
+        for record in (case.student, case.teacher)
+    )
+    assert attention_divergence(student, teacher, case.mix[:0], implementation=implementation).item() == 0

@@ -93,6 +93,17 @@ def test_the_draw_goes_by_its_seed_alone(weights):
     assert torch.equal(torch.rand(3), expected), "the draw must not move the random numbers of the training"
 
 
+def test_defaults_of_torch_do_not_move_the_draw():
+    record = make_record(7, queries=40)
+    plain = sample_rows(record, None, 4)[0].query
+    try:
+        torch.set_default_dtype(torch.float64)
+        with torch.device("meta"):
+            assert torch.equal(sample_rows(record, torch.ones(2, 40, device="cpu"), 4)[0].query, plain)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 @every_map_weights
 @pytest.mark.parametrize("causal", (False, True))
 @pytest.mark.parametrize("left, right", ((4, 0), (0, 4), (3, 50)))
@@ -124,9 +135,9 @@ def test_the_loss_takes_the_sampled_weights():
     assert abs(sampled.item() - exact.item()) > 1e-4, "the test has no teeth"
 
 
-@pytest.mark.parametrize("rows", (0, -3))
+@pytest.mark.parametrize("rows", (0, -3, 2.5, True))
 def test_rows_that_cannot_be_drawn(rows):
-    with pytest.raises(ValueError, match=f"alpha_rows={rows}: expected at least 1"):
+    with pytest.raises(ValueError, match=f"alpha_rows={rows}: expected a whole number of at least 1"):
         mixing_matrix(make_record(), group_heads(4, 2), alpha_rows=rows)
-    with pytest.raises(ValueError, match=f"alpha_rows={rows}: expected at least 1"):
+    with pytest.raises(ValueError, match=f"alpha_rows={rows}: expected a whole number of at least 1"):
         SqueezedHeads(1.0, alpha_rows=rows)

@@ -143,15 +143,43 @@ def test_mixing_matrices_are_the_tiled_ones(weights, alpha_rows):
 def test_the_loss_takes_the_implementation_along(monkeypatch):
     teacher, student = make_record(9, heads=4, queries=20), make_record(10, heads=2, queries=20)
     student.query.requires_grad_()
-    calls = []
-    counted = weights_module.triton_grams
-    monkeypatch.setattr(weights_module, "triton_grams", lambda: calls.append(1) or counted())
     tiled = squeezed_attention_loss([student], [teacher])
-    assert calls == []
-    assert squeezed_attention_loss([student], [teacher], implementation="triton").item() == pytest.approx(
-        tiled.item(), rel=1e-5
-    )
-    assert calls == [1]
+    calls, grams, launched = [], weights_module.triton_grams, kernels.triton_divergence
+    monkeypatch.setattr(weights_module, "triton_grams", lambda: calls.append("grams") or grams())
+    monkeypatch.setattr(kernels, "triton_divergence", lambda *args: calls.append("divergence") or launched(*args))
+    assert squeezed_attention_loss([student], [teacher]).item() == tiled.item() and calls == []
+    fused = squeezed_attention_loss([student], [teacher], implementation="triton")
+    assert fused.item() == pytest.approx(tiled.item(), rel=1e-5)
+    assert calls == ["grams", "divergence"]
+
+
+def test_autocast_does_not_move_the_weights():
+    record = make_record(11, heads=4, queries=20)
+    record = changed(record, value=100 * record.value)
+    plain = mixing_matrix(record, group_heads(4, 2), implementation="triton")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(mixing_matrix(record, group_heads(4, 2), implementation="triton"), plain)
+
+
+def test_small_incoming_gradients_survive_half_precision():
+    case = make_case(12, queries=30, keys=30, dtype=torch.float16)
+    student = test_divergence.with_leaves(case.student)
+    loss = attention_divergence(student, case.teacher, case.mix, reduction="none", implementation="triton")
+    loss.backward(torch.full_like(loss, 4e-6) * 2**10)
+    small = student.key.grad.clone()
+    student.key.grad = None
+    loss = attention_divergence(student, case.teacher, case.mix, reduction="none", implementation="triton")
+    loss.backward(torch.full_like(loss, 1.0))
+    expected = student.key.grad.double() * 4e-6 * 2**10
+    assert (small.double() - expected).norm() <= 0.01 * expected.norm()
+
+
+def test_formats_may_differ_between_query_and_key():
+    case = make_case(13)
+    student = changed(case.student, key=case.student.key.bfloat16().float())
+    mixed = changed(case.student, key=case.student.key.bfloat16())
+    expected = attention_divergence(student, case.teacher, case.mix, implementation="triton")
+    assert torch.equal(attention_divergence(mixed, case.teacher, case.mix, implementation="triton"), expected)
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -169,6 +197,11 @@ def test_float64_is_refused():
     with pytest.raises(ValueError, match='use "tiled" or "reference" for float64'):
         attention_divergence(case.student, case.teacher, case.mix, implementation="triton")
     with pytest.raises(ValueError, match="float64"):
+        attention_divergence(
+            changed(case.student, query=case.student.query.float(), key=case.student.key.float()),
+            case.teacher, case.mix, implementation="triton",
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="float64"):
         triton_difference_grams(case.teacher, group_heads(4, 2), None)
 
 
@@ -182,7 +215,7 @@ def test_a_second_derivative_is_refused():
 
 
 def test_a_processor_is_refused_without_the_interpreter(monkeypatch):
-    monkeypatch.delenv("TRITON_INTERPRET")
+    monkeypatch.setattr("triton.knobs.runtime.interpret", False)
     case = make_case()
     with pytest.raises(RuntimeError, match="needs a CUDA device, but 'student.attention' is on cpu"):
         attention_divergence(case.student, case.teacher, case.mix, implementation="triton")

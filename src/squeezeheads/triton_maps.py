@@ -6,8 +6,9 @@ keys. A kernel never holds more of a map than R × C. Products take the inputs' 
 
 from __future__ import annotations
 
-import os
+from contextlib import nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -19,19 +20,19 @@ from squeezeheads.attention import MASKED_BELOW, AttentionRecord, expand_to_four
 NO_MASK, BOOLEAN, ADDITIVE = 0, 1, 2
 _BELOW = tl.constexpr(MASKED_BELOW)
 # Triton's interpreter multiplies the bits of bfloat16 numbers as if they were integers.
-_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 def check_can_run(record: AttentionRecord) -> None:
-    """Whether Triton can work on a record.
+    """Whether Triton can work on a record. The kernels ask for each of a pair.
 
     Raises:
         ValueError: float64; Triton's products add up in float32.
         RuntimeError: no CUDA device, and not Triton's interpreter either.
     """
-    if record.query.dtype == torch.float64:
+    if torch.float64 in (record.query.dtype, record.key.dtype):
         raise ValueError('implementation="triton" computes in float32: use "tiled" or "reference" for float64 records.')
-    if record.query.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+    if record.query.device.type != "cuda" and not triton.knobs.runtime.interpret:
         raise RuntimeError(
             f'implementation="triton" needs a CUDA device, but {record.name!r} is on {record.query.device}: use '
             '"tiled". (For tests Triton\'s interpreter runs on a CPU: set TRITON_INTERPRET=1 before Python starts.)'
@@ -41,6 +42,18 @@ def check_can_run(record: AttentionRecord) -> None:
 def block_of(width: int) -> int:
     """The least power of two that Triton's products take and that holds a head's width."""
     return max(16, triton.next_power_of_2(width))
+
+
+def rows_of(*operands: Operand) -> int:
+    """Rows and keys of a block: what fits into the shared memory of a GPU, by the widest of the inputs' formats."""
+    return 32 if any(torch.float32 in (o.query.dtype, o.key.dtype) for o in operands) else 64
+
+
+def launch(kernel: Any, programs: int, blocks: int, device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Run a kernel: ``programs`` heads of samples, each in so many blocks."""
+    # The first axis of a grid may be long, the others may not.
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernel[(programs, blocks)](*arguments, **constants, num_stages=1)
 
 
 @dataclass(frozen=True)
@@ -72,12 +85,14 @@ class Operand:
     @property
     def own_head_masks(self) -> bool:
         """Whether heads have masks of their own."""
-        return self.kind != NO_MASK and self.mask.stride(1) != 0
+        return self.kind != NO_MASK and self.mask.shape[1] > 1 and self.mask.stride(1) != 0
 
 
 def operand(record: AttentionRecord, temperature: float = 1.0) -> Operand:
-    """A record for the kernels. Tensors whose last dimension is not contiguous are copied."""
-    query, key = (_rowwise(tensor.detach()) for tensor in (record.query, record.key))
+    """A record for the kernels. Tensors whose last dimension is not contiguous are copied, or whose format is not that of
+    query and key together."""
+    common = torch.promote_types(record.query.dtype, record.key.dtype)
+    query, key = (_rowwise(tensor.detach().to(common)) for tensor in (record.query, record.key))
     mask, kind = query, NO_MASK
     if record.attention_mask is not None:
         shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
@@ -94,6 +109,12 @@ def _rowwise(tensor: Tensor) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def wide(number):
+    """A number of 64 bits: offsets of samples and heads outgrow 32."""
+    return tl.full((), 0, tl.int64) + number
 
 
 @triton.jit
@@ -152,13 +173,14 @@ def _own_normalisers(
     inverse_temperature, out, num_heads, num_rows, num_keys, width,
     CAUSAL: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // num_heads, tl.program_id(1) % num_heads
-    rows, dims = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, D)
+    program = wide(tl.program_id(0))
+    batch, head = program // num_heads, program % num_heads
+    rows, dims = tl.program_id(1) * R + tl.arange(0, R), tl.arange(0, D)
     mine = load_rows(query + batch * q_batch + head * q_head, q_row, rows, num_rows, dims, width)
     top, total = tl.full((R,), float("-inf"), tl.float32), tl.zeros((R,), tl.float32)
     end = num_keys
     if CAUSAL:
-        end = tl.minimum(num_keys, (tl.program_id(0) + 1) * R)
+        end = tl.minimum(num_keys, (tl.program_id(1) + 1) * R)
     for start in range(0, end, C):
         keys = start + tl.arange(0, C)
         theirs = load_rows(
@@ -170,15 +192,16 @@ def _own_normalisers(
         )  # fmt: skip
         top, total = add_to_normaliser(top, total, score_tile(mine, theirs, bias, scale), allowed)
     normaliser = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
-    tl.store(out + tl.program_id(1) * num_rows + rows, normaliser, mask=rows < num_rows)
+    tl.store(out + program * num_rows + rows, normaliser, mask=rows < num_rows)
 
 
-def own_normalisers(record: Operand, rows: int = 64, keys: int = 64) -> Tensor:
+def own_normalisers(record: Operand, block: int) -> Tensor:
     """(B, H, Q) float32: log of the sum of a row's exponentials over the keys that it may attend to; 0 for none."""
     batch, heads, num_rows, width = record.query.shape
     out = torch.empty(batch, heads, num_rows, dtype=torch.float32, device=record.query.device)
-    _own_normalisers[(triton.cdiv(num_rows, rows), batch * heads)](
+    launch(
+        _own_normalisers, batch * heads, triton.cdiv(num_rows, block), out.device,
         *record.arguments, out, heads, num_rows, record.key.shape[2], width,
-        CAUSAL=record.causal, KIND=record.kind, D=block_of(width), R=rows, C=keys,
+        CAUSAL=record.causal, KIND=record.kind, D=block_of(width), R=block, C=block,
     )  # fmt: skip
     return out

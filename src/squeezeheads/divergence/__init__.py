@@ -52,7 +52,7 @@ def attention_divergence(
 
     Raises:
         ValueError: shapes that do not fit together (both are named), an unknown option, a temperature that is not
-            positive.
+            positive; ``"triton"`` for float64 records and for a learned mask.
         RuntimeError: a second derivative is asked of another implementation than ``"reference"``; ``"triton"`` without
             a CUDA device.
         ImportError: ``"triton"`` where Triton is not installed.

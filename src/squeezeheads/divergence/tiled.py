@@ -277,6 +277,8 @@ def _head_blocks(problem: _Problem) -> list[tuple[list[int], list[int]]]:
     students, teachers = problem.mix.shape[1:]
     if problem.mix.device.type != "cpu":
         return [(list(range(students)), list(range(teachers)))]
+    if problem.mix.shape[0] == 0:
+        return []
     blocks: dict[tuple[int, ...], list[int]] = {}
     for student, serves in enumerate((problem.mix != 0).any(0).tolist()):
         serving = tuple(t for t in range(teachers) if serves[t])

@@ -24,12 +24,15 @@ from squeezeheads.triton_maps import (
     add_to_normaliser,
     block_of,
     check_can_run,
+    launch,
     load_rows,
     operand,
     own_normalisers,
     product,
+    rows_of,
     score_tile,
     support_tile,
+    wide,
 )
 
 _REFUSAL = (
@@ -45,19 +48,20 @@ def triton_divergence(
     rows: Tensor | None = None,
     temperature: float = 1.0,
     reduction: str = "mean",
-    block: int = 64,
+    block: int | None = None,
 ) -> Tensor:
     """See ``squeezeheads.divergence.attention_divergence``; arguments already checked.
 
     Args:
         rows: (B, Q) weights, or ``None``.
-        block: rows and keys of a block. Changes speed, never the answer.
+        block: rows and keys of a block, by default what suits the format. Changes speed, never the answer.
 
     Raises:
         ValueError: float64 records; a mask that is learned, whose gradient the kernels do not make.
         RuntimeError: no CUDA device.
     """
     check_can_run(student)
+    check_can_run(teacher)
     mask = student.attention_mask
     if mask is not None and mask.requires_grad and torch.is_grad_enabled():
         raise ValueError(
@@ -122,13 +126,13 @@ class _Kernels:
     """The passes over one pair of layers."""
 
     def __init__(
-        self, student: AttentionRecord, teacher: AttentionRecord, mix: Tensor, temperature: float, block: int
+        self, student: AttentionRecord, teacher: AttentionRecord, mix: Tensor, temperature: float, block: int | None
     ) -> None:
         self.student, self.teacher = operand(student, temperature), operand(teacher, temperature)
-        self.mix, self.block = mix, block
+        self.mix, self.block = mix, block or rows_of(self.student, self.teacher)
         self.batch, self.heads, self.num_rows, self.width = student.query.shape
         self.num_keys = student.num_keys
-        self.taught = own_normalisers(self.teacher, block, block)
+        self.taught = own_normalisers(self.teacher, self.block)
         self.learned = self._new()
         self.mass = self._new()
         self._launch(_student_normalisers, self.num_rows, self.learned)
@@ -144,10 +148,13 @@ class _Kernels:
         each = torch.empty(
             self.batch, self.heads, self.num_keys, self.width, dtype=torch.float32, device=self.mix.device
         )
+        # What is multiplied is rounded to the inputs' format first: small factors would vanish in half precision.
+        largest = factors.abs().amax() if factors.numel() else factors.new_ones(())
+        largest = largest.where(largest > 0, 1.0).float()
         self._launch(
-            _keys, self.num_keys, self.learned, self.taught, self.mass, factors.float().contiguous(), each
+            _keys, self.num_keys, self.learned, self.taught, self.mass, (factors.float() / largest).contiguous(), each
         )  # fmt: skip
-        return each.unflatten(1, (-1, self.student.shared)).sum(2)
+        return each.unflatten(1, (-1, self.student.shared)).sum(2) * largest
 
     def weights(self, rows: Tensor | None) -> Tensor:
         """(B, S, Q): how much rows count; 0 where the teacher leaves nothing on the common support."""
@@ -160,7 +167,8 @@ class _Kernels:
 
     def _launch(self, kernel: Any, length: int, *results: Tensor) -> None:
         student, teacher = self.student, self.teacher
-        kernel[(triton.cdiv(length, self.block), self.batch * self.heads)](
+        launch(
+            kernel, self.batch * self.heads, triton.cdiv(length, self.block), self.mix.device,
             *student.arguments, *teacher.arguments, self.mix, *results, self.heads, teacher.query.shape[1],
             self.num_rows, self.num_keys, self.width, teacher.query.shape[3],
             CAUSAL=student.causal, KIND=student.kind, D=block_of(self.width),
@@ -185,7 +193,7 @@ def _common_support(
         for head in range(0, teacher_heads):
             if tl.load(mix + head) > 0:
                 allowed, _ = support_tile(
-                    t_mask + head * tm_head, tm_row, tm_key, rows, keys, num_rows, num_keys, 1.0, T_CAUSAL, T_KIND
+                    t_mask + wide(head) * tm_head, tm_row, tm_key, rows, keys, num_rows, num_keys, 1.0, T_CAUSAL, T_KIND
                 )
                 served += allowed.to(tl.int32)
         common = common & (served > 0)
@@ -210,15 +218,16 @@ def _squeezed_tile(
             mine = load_rows(query + head * q_head, q_row, rows, num_rows, dims, width)
             theirs = load_rows(key + (head // shared) * k_head, k_row, keys, num_keys, dims, width)
             allowed, bias = support_tile(
-                mask + head * m_head, m_row, m_key, rows, keys, num_rows, num_keys, inverse_temperature, CAUSAL, KIND
-            )
+                mask + wide(head) * m_head, m_row, m_key, rows, keys, num_rows, num_keys, inverse_temperature,
+                CAUSAL, KIND,
+            )  # fmt: skip
             normaliser = tl.load(normalisers + head * num_rows + rows, mask=rows < num_rows, other=0.0)
             scores = score_tile(mine, theirs, bias, scale) - normaliser[:, None]
             squeezed += weight * tl.where(allowed, tl.exp(tl.where(allowed, scores, 0.0)), 0.0)
     return squeezed
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["teacher_heads"])
 def _student_normalisers(
     query, q_batch, q_head, q_row, key, k_batch, k_head, k_row, shared, mask, m_batch, m_head, m_row, m_key, scale,
     inverse_temperature,
@@ -228,27 +237,28 @@ def _student_normalisers(
     CAUSAL: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, T_CAUSAL: tl.constexpr, T_KIND: tl.constexpr,
     T_D: tl.constexpr, T_OWN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    rows, dims = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, D)
+    program = wide(tl.program_id(0))
+    batch, head = program // heads, program % heads
+    rows, dims = tl.program_id(1) * R + tl.arange(0, R), tl.arange(0, D)
     mine = load_rows(query + batch * q_batch + head * q_head, q_row, rows, num_rows, dims, width)
     top, total = tl.full((R,), float("-inf"), tl.float32), tl.zeros((R,), tl.float32)
     end = num_keys
     if CAUSAL or T_CAUSAL:
-        end = tl.minimum(num_keys, (tl.program_id(0) + 1) * R)
+        end = tl.minimum(num_keys, (tl.program_id(1) + 1) * R)
     for start in range(0, end, C):
         keys = start + tl.arange(0, C)
         theirs = load_rows(key + batch * k_batch + (head // shared) * k_head, k_row, keys, num_keys, dims, width)
         common, bias = _common_support(
             mask + batch * m_batch + head * m_head, m_row, m_key, inverse_temperature, t_mask + batch * tm_batch,
-            tm_head, tm_row, tm_key, mix + tl.program_id(1) * teacher_heads, teacher_heads, rows, keys, num_rows,
+            tm_head, tm_row, tm_key, mix + program * teacher_heads, teacher_heads, rows, keys, num_rows,
             num_keys, CAUSAL, KIND, T_CAUSAL, T_KIND, T_OWN,
         )  # fmt: skip
         top, total = add_to_normaliser(top, total, score_tile(mine, theirs, bias, scale), common)
     normaliser = tl.where(total > 0, top + tl.log(tl.where(total > 0, total, 1.0)), 0.0)
-    tl.store(out + tl.program_id(1) * num_rows + rows, normaliser, mask=rows < num_rows)
+    tl.store(out + program * num_rows + rows, normaliser, mask=rows < num_rows)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["teacher_heads"])
 def _rows(
     query, q_batch, q_head, q_row, key, k_batch, k_head, k_row, shared, mask, m_batch, m_head, m_row, m_key, scale,
     inverse_temperature,
@@ -259,9 +269,10 @@ def _rows(
     CAUSAL: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, T_CAUSAL: tl.constexpr, T_KIND: tl.constexpr,
     T_D: tl.constexpr, T_OWN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    rows, dims = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, D)
-    place = tl.program_id(1) * num_rows + rows
+    program = wide(tl.program_id(0))
+    batch, head = program // heads, program % heads
+    rows, dims = tl.program_id(1) * R + tl.arange(0, R), tl.arange(0, D)
+    place = program * num_rows + rows
     mine = load_rows(query + batch * q_batch + head * q_head, q_row, rows, num_rows, dims, width)
     normaliser = tl.load(learned + place, mask=rows < num_rows, other=0.0)
     mass, divergence = tl.zeros((R,), tl.float32), tl.zeros((R,), tl.float32)
@@ -269,19 +280,19 @@ def _rows(
     of_student, of_teacher = tl.zeros((R, D), tl.float32), tl.zeros((R, D), tl.float32)
     end = num_keys
     if CAUSAL or T_CAUSAL:
-        end = tl.minimum(num_keys, (tl.program_id(0) + 1) * R)
+        end = tl.minimum(num_keys, (tl.program_id(1) + 1) * R)
     for start in range(0, end, C):
         keys = start + tl.arange(0, C)
         theirs = load_rows(key + batch * k_batch + (head // shared) * k_head, k_row, keys, num_keys, dims, width)
         common, bias = _common_support(
             mask + batch * m_batch + head * m_head, m_row, m_key, inverse_temperature, t_mask + batch * tm_batch,
-            tm_head, tm_row, tm_key, mix + tl.program_id(1) * teacher_heads, teacher_heads, rows, keys, num_rows,
+            tm_head, tm_row, tm_key, mix + program * teacher_heads, teacher_heads, rows, keys, num_rows,
             num_keys, CAUSAL, KIND, T_CAUSAL, T_KIND, T_OWN,
         )  # fmt: skip
         squeezed = _squeezed_tile(
             t_query + batch * tq_batch, tq_head, tq_row, t_key + batch * tk_batch, tk_head, tk_row, t_shared,
             t_mask + batch * tm_batch, tm_head, tm_row, tm_key, t_scale, t_inverse_temperature,
-            mix + tl.program_id(1) * teacher_heads, taught + batch * teacher_heads * num_rows, teacher_heads, rows,
+            mix + program * teacher_heads, taught + batch * teacher_heads * num_rows, teacher_heads, rows,
             keys, num_rows, num_keys, t_width, T_CAUSAL, T_KIND, T_D, R, C,
         )  # fmt: skip
         squeezed = tl.where(common, squeezed, 0.0)
@@ -302,7 +313,7 @@ def _rows(
     tl.store(gradient_out + place[:, None] * width + dims[None, :], gradient, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["teacher_heads"])
 def _keys(
     query, q_batch, q_head, q_row, key, k_batch, k_head, k_row, shared, mask, m_batch, m_head, m_row, m_key, scale,
     inverse_temperature,
@@ -312,26 +323,27 @@ def _keys(
     CAUSAL: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, T_CAUSAL: tl.constexpr, T_KIND: tl.constexpr,
     T_D: tl.constexpr, T_OWN: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    batch, head = tl.program_id(1) // heads, tl.program_id(1) % heads
-    keys, dims = tl.program_id(0) * C + tl.arange(0, C), tl.arange(0, D)
+    program = wide(tl.program_id(0))
+    batch, head = program // heads, program % heads
+    keys, dims = tl.program_id(1) * C + tl.arange(0, C), tl.arange(0, D)
     theirs = load_rows(key + batch * k_batch + (head // shared) * k_head, k_row, keys, num_keys, dims, width)
     gradient = tl.zeros((C, D), tl.float32)
     begin = 0
     if CAUSAL or T_CAUSAL:
-        begin = (tl.program_id(0) * C // R) * R  # earlier rows see none of these keys
+        begin = (tl.program_id(1) * C // R) * R  # earlier rows see none of these keys
     for start in range(begin, num_rows, R):
         rows = start + tl.arange(0, R)
-        place = tl.program_id(1) * num_rows + rows
+        place = program * num_rows + rows
         mine = load_rows(query + batch * q_batch + head * q_head, q_row, rows, num_rows, dims, width)
         common, bias = _common_support(
             mask + batch * m_batch + head * m_head, m_row, m_key, inverse_temperature, t_mask + batch * tm_batch,
-            tm_head, tm_row, tm_key, mix + tl.program_id(1) * teacher_heads, teacher_heads, rows, keys, num_rows,
+            tm_head, tm_row, tm_key, mix + program * teacher_heads, teacher_heads, rows, keys, num_rows,
             num_keys, CAUSAL, KIND, T_CAUSAL, T_KIND, T_OWN,
         )  # fmt: skip
         squeezed = _squeezed_tile(
             t_query + batch * tq_batch, tq_head, tq_row, t_key + batch * tk_batch, tk_head, tk_row, t_shared,
             t_mask + batch * tm_batch, tm_head, tm_row, tm_key, t_scale, t_inverse_temperature,
-            mix + tl.program_id(1) * teacher_heads, taught + batch * teacher_heads * num_rows, teacher_heads, rows,
+            mix + program * teacher_heads, taught + batch * teacher_heads * num_rows, teacher_heads, rows,
             keys, num_rows, num_keys, t_width, T_CAUSAL, T_KIND, T_D, R, C,
         )  # fmt: skip
         normaliser = tl.load(learned + place, mask=rows < num_rows, other=0.0)
@@ -340,8 +352,8 @@ def _keys(
         scores = tl.where(common, score_tile(mine, theirs, bias, scale) - normaliser[:, None], 0.0)
         student = tl.where(common, tl.exp(scores), 0.0)
         wanted = student - tl.where(common, squeezed, 0.0) / tl.where(mass > 0, mass, 1.0)[:, None]
-        wanted = wanted * tl.where(mass > 0, factor, 0.0)[:, None] * scale
+        wanted = wanted * tl.where(mass > 0, factor, 0.0)[:, None]
         gradient += product(tl.trans(wanted.to(mine.dtype)), mine)
     inside = (keys[:, None] < num_keys) & (dims[None, :] < width)
-    row = tl.program_id(1).to(tl.int64) * num_keys + keys
-    tl.store(out + row[:, None] * width + dims[None, :], gradient, mask=inside)
+    row = program * num_keys + keys
+    tl.store(out + row[:, None] * width + dims[None, :], gradient * scale, mask=inside)

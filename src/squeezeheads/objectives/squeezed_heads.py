@@ -58,8 +58,10 @@ def squeezed_attention_loss(
         Scalar, mean over layer pairs, in nats per valid row and head. Its gradient reaches the student alone.
 
     Raises:
-        ValueError: recordings that cannot be compared, unknown options.
-        RuntimeError: gradients are on, but none can reach the student's recorded attention.
+        ValueError: recordings that cannot be compared, unknown options, ``alpha_rows`` below 1.
+        RuntimeError: gradients are on, but none can reach the student's recorded attention; ``"triton"`` without a CUDA
+            device.
+        ImportError: ``"triton"`` where Triton is not installed.
 
     Source: SHD, arXiv 2502.07436; METHOD §3, §4.
     """
@@ -139,6 +141,8 @@ class SqueezedHeads(SqueezedObjective):
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r}: expected a positive number.")
         check_alpha_rows(self.alpha_rows)
+        if self.implementation not in ("auto", "tiled", "triton"):
+            raise ValueError(f"implementation={self.implementation!r} is unknown: expected auto, tiled or triton.")
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Mean over the batch's rows that count, student heads and paired layers."""

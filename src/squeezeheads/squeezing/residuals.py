@@ -77,6 +77,7 @@ def require_values(
     return value, weight
 
 
+@torch.no_grad()
 def difference_grams(
     record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None, tile_bytes: int | None = None
 ) -> list[Tensor]:

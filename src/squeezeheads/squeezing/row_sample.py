@@ -12,7 +12,7 @@ def sample_rows(
     record: AttentionRecord, rows: Tensor | None, count: int, seed: int = 0
 ) -> tuple[AttentionRecord, Tensor | None]:
     """A record of ``count`` query rows of each sample, drawn evenly and without replacement from those that count, and
-    their weights: sums over rows are estimated without bias over seeds.
+    their weights: sums over rows are estimated without bias, in the mean over seeds.
 
     Which of a sample's rows are drawn depends on ``seed`` and on how many of its rows count, on nothing else: neither
     on padding nor on the batch that it is in. A sample with fewer rows than ``count`` brings all of them.
@@ -36,7 +36,7 @@ def sample_rows(
         weights = torch.ones(batch, record.num_queries, device=device)
     counted = weights > 0
     available = counted.sum(1, keepdim=True)
-    lots = torch.rand(record.num_queries, generator=torch.Generator().manual_seed(seed)).to(device)
+    lots = _lots(record.num_queries, seed).to(device)
     # A row's lot goes by its place among the rows that count.
     drawn = lots[(counted.cumsum(1) - 1).clamp_min(0)].masked_fill(~counted, -1.0).topk(count, dim=1)
     share = available / available.clamp(1, count)
@@ -51,6 +51,12 @@ def sample_rows(
         ),
         sampled,
     )  # fmt: skip
+
+
+def _lots(count: int, seed: int) -> Tensor:
+    """Numbers from 0 to 1, the first of them the same for every count."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _mask_of(record: AttentionRecord, places: Tensor) -> Tensor | None:

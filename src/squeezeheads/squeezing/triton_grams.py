@@ -20,22 +20,26 @@ from squeezeheads.squeezing.residuals import isometry, require_values
 from squeezeheads.triton_maps import (
     block_of,
     check_can_run,
+    launch,
     load_rows,
     operand,
     own_normalisers,
     product,
+    rows_of,
     score_tile,
     support_tile,
+    wide,
 )
 
 
+@torch.no_grad()
 def triton_difference_grams(
-    record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None, block: int = 64
+    record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None, block: int | None = None
 ) -> list[Tensor]:
     """See ``squeezeheads.squeezing.residuals.difference_grams``.
 
     Args:
-        block: rows and keys of a block. Changes speed, never the answer.
+        block: rows and keys of a block, by default what suits the format. Changes speed, never the answer.
 
     Raises:
         ValueError: float64 records.
@@ -45,6 +49,11 @@ def triton_difference_grams(
     value, weight = require_values(record, "the residual of a group")
     weights = check_rows(rows, record)
     reads = _reads(record, value.detach(), groups, block)  # (B, triples, Q, Dv)
+    with torch.autocast(record.query.device.type, enabled=False):
+        return _grams(reads, weight, groups, weights)
+
+
+def _grams(reads: Tensor, weight: Tensor, groups: Sequence[Sequence[int]], weights: Tensor | None) -> list[Tensor]:
     grams, start = [], 0
     for group in groups:
         size = len(group)
@@ -62,7 +71,7 @@ def triton_difference_grams(
     return grams
 
 
-def _reads(record: AttentionRecord, value: Tensor, groups: Sequence[Sequence[int]], block: int) -> Tensor:
+def _reads(record: AttentionRecord, value: Tensor, groups: Sequence[Sequence[int]], block: int | None) -> Tensor:
     """(B, triples, Q, Dv) ``D_i V_l`` for each group's (i, l) in the order of its Gram matrix."""
     triples = [(i, group[0], head) for group in groups for i in group[1:] for head in group]
     batch, _, num_rows, width = record.query.shape
@@ -70,10 +79,13 @@ def _reads(record: AttentionRecord, value: Tensor, groups: Sequence[Sequence[int
     if not triples:
         return out
     source = operand(record)
+    block = block or rows_of(source)
+    value = value.to(source.query.dtype)
     value = value if value.stride(-1) == 1 else value.contiguous()
     which = torch.tensor(triples, dtype=torch.int32, device=value.device)
-    _read_differences[(triton.cdiv(num_rows, block), batch * len(triples))](
-        *source.arguments, value, *value.stride()[:3], own_normalisers(source, block, block), which, out, len(triples),
+    launch(
+        _read_differences, batch * len(triples), triton.cdiv(num_rows, block), out.device,
+        *source.arguments, value, *value.stride()[:3], own_normalisers(source, block), which, out, len(triples),
         record.num_heads, num_rows, record.num_keys, width, value.shape[-1],
         CAUSAL=source.causal, KIND=source.kind, D=block_of(width), V=block_of(value.shape[-1]), R=block, C=block,
     )  # fmt: skip
@@ -104,15 +116,16 @@ def _read_differences(
     num_keys, width, value_width,
     CAUSAL: tl.constexpr, KIND: tl.constexpr, D: tl.constexpr, V: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    batch, triple = tl.program_id(1) // triples, tl.program_id(1) % triples
-    first = tl.load(which + 3 * triple)
-    reference = tl.load(which + 3 * triple + 1)
-    read = tl.load(which + 3 * triple + 2)
-    rows, dims = tl.program_id(0) * R + tl.arange(0, R), tl.arange(0, V)
+    program = wide(tl.program_id(0))
+    batch, triple = program // triples, program % triples
+    first = wide(tl.load(which + 3 * triple))
+    reference = wide(tl.load(which + 3 * triple + 1))
+    read = wide(tl.load(which + 3 * triple + 2))
+    rows, dims = tl.program_id(1) * R + tl.arange(0, R), tl.arange(0, V)
     total = tl.zeros((R, V), tl.float32)
     end = num_keys
     if CAUSAL:
-        end = tl.minimum(num_keys, (tl.program_id(0) + 1) * R)
+        end = tl.minimum(num_keys, (tl.program_id(1) + 1) * R)
     for start in range(0, end, C):
         keys = start + tl.arange(0, C)
         one = _map_tile(
@@ -131,5 +144,5 @@ def _read_differences(
         )  # fmt: skip
         total += product((one - other).to(values.dtype), values)
     inside = (rows[:, None] < num_rows) & (dims[None, :] < value_width)
-    place = tl.program_id(1).to(tl.int64) * num_rows + rows
+    place = program * num_rows + rows
     tl.store(out + place[:, None] * value_width + dims[None, :], total, mask=inside)
