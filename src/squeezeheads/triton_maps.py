@@ -89,8 +89,8 @@ class Operand:
 
 
 def operand(record: AttentionRecord, temperature: float = 1.0) -> Operand:
-    """A record for the kernels. Tensors whose last dimension is not contiguous are copied, or whose format is not that of
-    query and key together."""
+    """A record for the kernels. Tensors whose last dimension is not contiguous are copied, or whose format is not that
+    of query and key together."""
     common = torch.promote_types(record.query.dtype, record.key.dtype)
     query, key = (_rowwise(tensor.detach().to(common)) for tensor in (record.query, record.key))
     mask, kind = query, NO_MASK
