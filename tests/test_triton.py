@@ -1,7 +1,9 @@
 """The Triton kernels, in Triton's interpreter, against the dense float64 oracle."""
 
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,6 +89,15 @@ def test_a_single_query_gets_the_gradient_that_it_asks_for():
         alone = changed(case.student, **{name: getattr(case.student, name).clone().requires_grad_()})
         attention_divergence(alone, case.teacher, case.mix, implementation="triton").backward()
         assert torch.allclose(getattr(alone, name).grad, run(case, "tiled")[1][name], atol=1e-7, rtol=1e-4)
+
+
+def test_kernels_compile_for_a_gpu(tmp_path):
+    """None is needed for that. What the interpreter takes the compiler may not."""
+    program = Path(__file__).parent / "compile_kernels.py"
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.splitlines()) == 10
 
 
 # ------------------------------------------------------------------------------------------------------- the Gram pass
