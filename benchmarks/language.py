@@ -42,6 +42,8 @@ DESIGN = Design(
         "SHD adjacent select": "SHD adjacent least_squares",
         "SHD similar mean": "SHD similar least_squares",
         "SHD similar joint": "SHD similar least_squares",
+        "SHD adjacent, α of 16 rows": "SHD adjacent least_squares",
+        "SHD similar, α of 16 rows": "SHD similar least_squares",
         "SHD without logit KD": "SHD similar least_squares",
         "SHD similar mean + relations": "SHD similar least_squares + relations",
         "relations without SHD": "SHD similar least_squares + relations",

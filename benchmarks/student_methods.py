@@ -18,9 +18,9 @@ def shared_methods(with_outputs: Callable[..., dict[str, Any]], layers: Any = "u
     """
     from squeezeheads.objectives import HiddenStates, OrthogonalProjection, SqueezedHeads, SqueezedRelations, TaskLoss
 
-    def heads(schedule: str, weights: str) -> Terms:
+    def heads(schedule: str, weights: str, **options: Any) -> Terms:
         return lambda w, d: with_outputs(
-            attention=SqueezedHeads(w, d, schedule=schedule, weights=weights, layers=layers)
+            attention=SqueezedHeads(w, d, schedule=schedule, weights=weights, layers=layers, **options)
         )
 
     def both(weights: str) -> Terms:
@@ -34,6 +34,8 @@ def shared_methods(with_outputs: Callable[..., dict[str, Any]], layers: Any = "u
         "no teacher": lambda w, d: {"task": TaskLoss(1.0)},
         **{f"SHD adjacent {weights}": heads("progressive", weights) for weights in modes},
         **{f"SHD similar {weights}": heads("similar", weights) for weights in (*modes, "joint")},
+        "SHD adjacent, α of 16 rows": heads("progressive", "least_squares", alpha_rows=16),
+        "SHD similar, α of 16 rows": heads("similar", "least_squares", alpha_rows=16),
         **{f"SHD similar {weights} + relations": both(weights) for weights in ("least_squares", "mean")},
         "relations without SHD": lambda w, d: with_outputs(
             relations=SqueezedRelations(w, d, schedule="similar", layers=layers)

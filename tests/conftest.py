@@ -3,6 +3,8 @@ import os
 # Before transformers is imported: tests ask no hub, and its notices about optional packages are noise.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Before triton is imported: its interpreter runs the kernels.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 from hypothesis import HealthCheck, settings

@@ -233,9 +233,16 @@ def head_counts(draw, most: int = 12):
 
 
 @st.composite
-def cases(draw, dtype: torch.dtype = torch.float32, score_scales=(1e-3, 1.0, 1.0, 3.0), masks=MASKS):
-    students, student_kv = draw(head_counts())
-    teachers, teacher_kv = draw(head_counts())
+def cases(
+    draw,
+    dtype: torch.dtype = torch.float32,
+    score_scales=(1e-3, 1.0, 1.0, 3.0),
+    masks=MASKS,
+    lengths=lengths,
+    most_heads: int = 12,
+):
+    students, student_kv = draw(head_counts(most_heads))
+    teachers, teacher_kv = draw(head_counts(most_heads))
     queries = draw(lengths)
     return make_case(
         seed=draw(st.integers(0, 2**31)),

@@ -86,13 +86,17 @@ def per_row_gradient(case, reduction, incoming):
     return weight if reduction == "sum" else weight / weight.sum().clamp_min(1e-300)
 
 
-def check(case, implementation, reduction="mean", incoming=None):
+def check(case, implementation, reduction="mean", incoming=None, product_eps=0.0):
     """Value and gradients equal the oracle's to 1e-5 of their size, above the floor that float32 arithmetic leaves.
 
     The floor: a score of magnitude M (the sum of |terms|) is only known to eps * M, so log P and log Q are known to
     about 2 * eps * M; with sum P |log P - log Q| <= KL + 2/e this moves a row's KL by eps * (4 + M) * (2 + KL), where
     the 4 is for the rounding of exp, log and sums of numbers near 1. Likewise Q - P is known to eps * (4 + M) times
     Q + P, which matters where the two nearly cancel. With ordinary scores (M about 10) the floor is 3e-6 nats.
+
+    Args:
+        product_eps: relative rounding of P and Q before they are multiplied with keys and queries, where an
+            implementation rounds them to the inputs' format.
     """
     loss, grads = run(case, implementation, reduction, incoming)
     expected, expected_grads = run_oracle(case, reduction, incoming)
@@ -120,7 +124,7 @@ def check(case, implementation, reduction="mean", incoming=None):
         wanted = expected_grads[name]
         assert grad is not None, f"no gradient for {name}"
         assert grad.dtype == inputs and grad.shape == wanted.shape
-        allowance = relative * wanted.abs().max() + 2 * noise * magnitudes[name]
+        allowance = relative * wanted.abs().max() + (2 * noise + product_eps) * magnitudes[name]
         if inputs in (torch.float16, torch.bfloat16):
             # Arithmetic is float32; the result is then rounded once to the inputs' format: half an ulp, or one
             # subnormal step.
@@ -790,3 +794,13 @@ def test_every_mask_kind_of_the_strategies_is_what_it_says():
             assert may.all()
         else:
             assert may.any() and not may.all()
+
+
+@both
+def test_an_empty_batch_gives_nothing(implementation):
+    case = make_case()
+    student, teacher = (
+        changed(record, query=record.query[:0], key=record.key[:0], value=record.value[:0])
+        for record in (case.student, case.teacher)
+    )
+    assert attention_divergence(student, teacher, case.mix[:0], implementation=implementation).item() == 0

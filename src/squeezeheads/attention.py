@@ -124,14 +124,8 @@ class AttentionRecord:
             entries at a large negative number; and what is allowed, broadcastable to the same shape, or ``None`` where
             everything is.
         """
-        dtype = compute_dtype(self.query)
-        query = take_heads(self.query[batch, :, rows], heads).to(dtype)
-        # Shared keys are converted before they are repeated, so that their gradients are summed in the compute dtype.
-        serving = [self.key_value_head(h) for h in heads]
-        distinct = sorted(set(serving))
-        key = take_heads(self.key[batch, :, keys], distinct).to(dtype)
-        key = take_heads(key, [distinct.index(h) for h in serving])
-        scores = (query * (self.scale / temperature)) @ key.transpose(-1, -2)
+        query, key = self.query_tile(batch, heads, rows, temperature), self.key_tile(batch, heads, keys)
+        scores = query @ key.transpose(-1, -2)
         allowed, bias = self.mask_tile(batch, heads, rows, keys)
         if bias is not None:
             scores = scores + bias / temperature
@@ -139,11 +133,27 @@ class AttentionRecord:
             scores = scores.masked_fill(~allowed, NEGATIVE)
         return scores, allowed
 
+    def query_tile(self, batch: slice, heads: Sequence[int], rows: slice, temperature: float = 1.0) -> Tensor:
+        """(b, len(heads), rows, D) in the compute dtype, times ``scale / temperature``."""
+        return take_heads(self.query[batch, :, rows], heads).to(compute_dtype(self.query)) * (self.scale / temperature)
+
+    def key_tile(self, batch: slice, heads: Sequence[int], keys: slice) -> Tensor:
+        """(b, len(heads), keys, D): the keys that these query heads read, in the compute dtype."""
+        # Shared keys are converted before they are repeated, so that their gradients are summed in the compute dtype.
+        serving = [self.key_value_head(h) for h in heads]
+        distinct = sorted(set(serving))
+        key = take_heads(self.key[batch, :, keys], distinct).to(compute_dtype(self.query))
+        return take_heads(key, [distinct.index(h) for h in serving])
+
     def mask_tile(
-        self, batch: slice, heads: Sequence[int], rows: slice, keys: slice
+        self, batch: slice, heads: Sequence[int], rows: slice, keys: slice, *, causality: bool = True
     ) -> tuple[Tensor | None, Tensor | None]:
         """Which keys are allowed, and what is added to the scores, each broadcastable to (b, len(heads), rows, keys)
-        or ``None`` where it changes nothing. The bias is 0 where a key is forbidden."""
+        or ``None`` where it changes nothing. The bias is 0 where a key is forbidden.
+
+        Args:
+            causality: whether what is allowed takes ``is_causal`` in; without, it is what the mask allows.
+        """
         allowed: Tensor | None = None
         bias: Tensor | None = None
         if self.attention_mask is not None:
@@ -157,7 +167,7 @@ class AttentionRecord:
             else:
                 allowed = mask > MASKED_BELOW
                 bias = mask.to(compute_dtype(self.query)).masked_fill(~allowed, 0.0)
-        if self.is_causal:
+        if self.is_causal and causality:
             device = self.query.device
             row = torch.arange(rows.start, rows.stop, device=device)
             past = (row[:, None] >= torch.arange(keys.start, keys.stop, device=device))[None, None]

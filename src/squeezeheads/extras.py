@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 # As in pyproject.toml, by the name that is imported. What these packages bring themselves is not listed.
 EXTRAS = {
     "accelerate": "hf",
@@ -35,3 +38,19 @@ def how_to_install(package: str | None) -> str:
     if extra is None:
         return "No extra of squeezeheads brings it by name: install it by itself, or install squeezeheads[all] anew."
     return f"Install it with pip install 'squeezeheads[{extra}]'."
+
+
+@contextmanager
+def needs_triton() -> Iterator[None]:
+    """Around the import of a module with kernels.
+
+    Raises:
+        ImportError: Triton is not installed; says what brings it.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as missing:
+        raise ImportError(
+            f'implementation="triton" needs the package {missing.name!r}, which the CUDA builds of torch for Linux '
+            'bring (elsewhere: pip install triton); "tiled" works without.'
+        ) from missing

@@ -1,28 +1,85 @@
-"""How maps are cut into tiles of rows that fit in a cache: shared by squeezing and divergence."""
+"""How maps are cut into tiles of rows that fit in a cache, and the memory that tiles share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 
-# Bytes of maps that a tile may hold: small enough to stay in a core's cache, large enough for efficient products.
-TILE_BYTES = 2 * 2**20
+import torch
+from torch import Tensor
+
+# Bytes of maps that a tile may hold: small enough for a core's cache, large enough for efficient products. Other
+# devices want more work at a time; theirs has not been measured.
+TILE_BYTES = 8 * 2**20
+DEVICE_TILE_BYTES = 256 * 2**20
+
+# A tile of more rows gains nothing in its products, and under a causal mask makes scores that no row may see.
+CAUSAL_ROWS = 128
 
 
-def tiles(batch: int, num_rows: int, row_bytes: int, tile_bytes: int = TILE_BYTES) -> list[tuple[slice, slice]]:
-    """Slices of samples and of rows that cover (batch, num_rows), each holding about ``tile_bytes``.
+def tiles(
+    batch: int,
+    num_rows: int,
+    row_bytes: int,
+    device: torch.device,
+    tile_bytes: int | None = None,
+    *,
+    causal: bool = False,
+) -> list[tuple[slice, slice]]:
+    """Slices of samples and of rows that cover (batch, num_rows).
 
-    Whole samples go together while they fit. A tile has at least 16 rows (or all there are), or its products
-    degenerate into matrix-vector products.
+    Samples go together while they fit. A tile has at least 16 rows (or all there are), or its products degenerate
+    into matrix-vector products.
 
     Args:
         row_bytes: bytes that one row of one sample needs.
+        device: where the maps are made.
+        tile_bytes: bytes that a tile may hold; by default what suits the device.
+        causal: the keys that a tile needs end with its last row: no tile has more than ``CAUSAL_ROWS`` rows.
     """
+    if tile_bytes is None:
+        tile_bytes = TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
     fitting = max(tile_bytes // max(row_bytes, 1), 16)
-    samples = max(1, min(batch, fitting // max(num_rows, 1)))
-    return [(b, r) for b in slices(batch, samples) for r in slices(num_rows, min(fitting, num_rows))]
+    rows = max(min(fitting, num_rows, CAUSAL_ROWS if causal else num_rows), 1)
+    samples = max(1, min(batch, fitting // rows))
+    return [(b, r) for b in slices(batch, samples) for r in slices(num_rows, rows)]
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
     """Consecutive slices of at most ``step`` that cover ``range(length)``."""
     for start in range(0, length, max(step, 1)):
         yield slice(start, min(start + step, length))
+
+
+class Workspace:
+    """Memory that the tiles of a sweep use one after the other: fresh pages cost more than the arithmetic on them.
+
+    Args:
+        device: of all its tensors.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        self._future: Tensor | None = None
+
+    def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A contiguous tensor of any content. It lives until the same name is taken again."""
+        size, key = math.prod(shape), (name, dtype)
+        if key not in self._kept or self._kept[key].numel() < size:
+            self._kept[key] = torch.empty(size, dtype=dtype, device=self.device)
+        return self._kept[key][:size].view(*shape)
+
+    def fill_future(self, tensor: Tensor, rows: slice, value: float) -> None:
+        """Write ``value`` where keys lie after their row: the mask of causality.
+
+        Args:
+            tensor: (..., r, K): a tile of these rows, on the keys from the first to at most the last row's own.
+        """
+        corner = tensor[..., rows.start :]  # earlier keys are past for all rows
+        size = corner.shape[-2:]
+        if size[1] == 0:
+            return
+        if self._future is None or not (self._future.shape[0] >= size[0] and self._future.shape[1] >= size[1]):
+            self._future = torch.ones(max(size), max(size), dtype=torch.bool, device=self.device).triu_(1)
+        corner.masked_fill_(self._future[: size[0], : size[1]], value)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord, check_comparable, check_rows, check_same_samples
 from squeezeheads.divergence.reference import reference_divergence
 from squeezeheads.divergence.tiled import tiled_divergence
+from squeezeheads.extras import needs_triton
 
 __all__ = ["attention_divergence", "check_comparable", "check_same_samples", "reference_divergence", "tiled_divergence"]
 
-_IMPLEMENTATIONS = {"reference": reference_divergence, "tiled": tiled_divergence}
+_IMPLEMENTATIONS = ("tiled", "triton", "reference")
 _REDUCTIONS = ("mean", "sum", "none")
 
 
@@ -41,16 +44,18 @@ def attention_divergence(
         reduction: ``"mean"``: Σ weight · KL / Σ weight over valid rows and student heads, in nats per valid row and
             head, 0 where no row is valid; ``"sum"``: its numerator; ``"none"``: (B, S, Q), nats, unweighted, 0 at rows
             that do not count.
-        implementation: ``"tiled"`` never holds a map outside a tile of rows; ``"reference"`` is dense and plain, for
-            tests. ``"auto"`` is ``"tiled"``.
+        implementation: ``"tiled"`` never holds a map outside a tile of rows; ``"triton"`` are fused kernels for CUDA
+            that no GPU has run yet; ``"reference"`` is dense and plain, for tests. ``"auto"`` is ``"tiled"``.
 
     Returns:
         A scalar (or (B, S, Q)), float32; float64 for float64 records.
 
     Raises:
         ValueError: shapes that do not fit together (both are named), an unknown option, a temperature that is not
-            positive.
-        RuntimeError: a second derivative is asked of the tiled implementation.
+            positive; ``"triton"`` for float64 records and for a learned mask.
+        RuntimeError: a second derivative is asked of another implementation than ``"reference"``; ``"triton"`` without
+            a CUDA device.
+        ImportError: ``"triton"`` where Triton is not installed.
 
     Source: SHD, arXiv 2502.07436 (KL between squeezed and student maps); METHOD §4 (direction, average,
     support, gradient).
@@ -73,4 +78,12 @@ def attention_divergence(
     mix = mix.detach()
     mix = mix / mix.sum(-1, keepdim=True)  # rounded weights (bf16) would leave P short of 1
     with torch.autocast(student_record.query.device.type, enabled=False):
-        return _IMPLEMENTATIONS[name](student_record, teacher_record, mix, weights, temperature, reduction)
+        return _implementation(name)(student_record, teacher_record, mix, weights, temperature, reduction)
+
+
+def _implementation(name: str) -> Callable[..., Tensor]:
+    if name == "triton":  # an optional package
+        with needs_triton():
+            from squeezeheads.divergence.triton import triton_divergence
+        return triton_divergence
+    return {"reference": reference_divergence, "tiled": tiled_divergence}[name]

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, head_index, take_heads
+from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, head_index
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
-from squeezeheads.tiling import TILE_BYTES, tiles
+from squeezeheads.tiled_maps import TiledMaps
+from squeezeheads.tiling import Workspace, tiles
 
 
 def tiled_divergence(
@@ -29,7 +30,7 @@ def tiled_divergence(
     rows: Tensor | None = None,
     temperature: float = 1.0,
     reduction: str = "mean",
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> Tensor:
     """See ``squeezeheads.divergence.attention_divergence``; arguments already checked.
 
@@ -56,7 +57,7 @@ class _Problem:
     mix: Tensor
     rows: Tensor | None
     temperature: float
-    tile_bytes: int
+    tile_bytes: int | None
 
 
 _REFUSAL = (
@@ -122,14 +123,15 @@ class _Sweep:
         each_row: bool = False,
         factors: Tensor | None = None,
     ) -> None:
-        student = problem.student
+        student, teacher = problem.student, problem.teacher
         self.problem = problem
         self.dtype = compute_dtype(student.query)
         device = student.query.device
         self.mix = problem.mix.to(self.dtype)
+        self.causal = student.is_causal or teacher.is_causal
         # Masked by nothing, or by causality alone: P lives on the common support already, and no row is empty.
-        self.same_support = student.attention_mask is None is problem.teacher.attention_mask and (
-            student.is_causal == problem.teacher.is_causal
+        self.same_support = student.attention_mask is None is teacher.attention_mask and (
+            student.is_causal == teacher.is_causal
         )
         batch, heads, queries, _ = student.query.shape
         self.total = torch.zeros((), dtype=torch.float64, device=device)
@@ -137,97 +139,137 @@ class _Sweep:
         self.each_row = torch.zeros(batch, heads, queries, dtype=self.dtype, device=device) if each_row else None
         self.factors = factors
         self.gradients = gradients
+        self.workspace = Workspace(device)
 
     def run(self) -> None:
         problem, student = self.problem, self.problem.student
+        batch, _, queries, _ = student.query.shape
         with torch.no_grad(), torch.autocast(student.query.device.type, enabled=False):
             for heads, serving in _head_blocks(problem):
-                # Teacher maps, their mixture, and the student's scores and map live at the same time.
-                row_bytes = 4 * student.num_keys * (len(serving) + 3 * len(heads))
-                for samples, rows in tiles(student.query.shape[0], student.num_queries, row_bytes, problem.tile_bytes):
-                    self._tile(heads, serving, samples, rows)
+                block = _Block(self, heads, serving)
+                # Teacher maps, the student's scores and map, and the ratio of both maps live at the same time.
+                row_bytes = 4 * student.num_keys * (len(serving) + 4 * len(heads))
+                # The last rows see the most keys: the workspace grows once.
+                device, most = student.query.device, problem.tile_bytes
+                for samples, rows in reversed(tiles(batch, queries, row_bytes, device, most, causal=self.causal)):
+                    block.tile(samples, rows)
         self.total = self.total.to(self.dtype)
         self.count = self.count.to(self.dtype)
 
-    def _tile(self, heads: list[int], serving: list[int], samples: slice, rows: slice) -> None:
-        problem, student, teacher = self.problem, self.problem.student, self.problem.teacher
+    def take(self, name: str, shape: Sequence[int]) -> Tensor:
+        return self.workspace.take(name, shape, self.dtype)
+
+
+class _Block:
+    """Some student heads and the teacher heads that serve them, in a pass.
+
+    Attributes:
+        mix: (B, s, t).
+        query: (B, s, Q, D), times ``scale`` and by the temperature; ``key``: (B, s, K, D).
+        taught: the maps of the teacher heads.
+    """
+
+    def __init__(self, sweep: _Sweep, heads: list[int], serving: list[int]) -> None:
+        problem, everything = sweep.problem, slice(None)
+        self.sweep, self.problem, self.heads, self.serving = sweep, problem, heads, serving
+        self.mix = sweep.mix[:, heads][:, :, serving]
+        self.query = problem.student.query_tile(everything, heads, everything, problem.temperature)
+        self.key = problem.student.key_tile(everything, heads, everything)
+        self.taught = TiledMaps(problem.teacher, serving, sweep.workspace, problem.temperature)
+
+    def tile(self, samples: slice, rows: slice) -> None:
+        sweep, problem, student, teacher = self.sweep, self.problem, self.problem.student, self.problem.teacher
+        dtype = sweep.dtype
         last = min(student.visible_keys(rows).stop, teacher.visible_keys(rows).stop)
         keys = slice(0, last)
-        mix = self.mix[samples][:, heads][:, :, serving]
-        maps = teacher.map_tile(samples, serving, rows, teacher.visible_keys(rows), problem.temperature)
-        squeezed = _mix_maps(mix, maps[..., :last].to(self.dtype))
+        squeezed = self._squeezed(samples, rows)[..., :last]
 
-        scale = student.scale / problem.temperature
-        query = take_heads(student.query[samples, :, rows], heads).to(self.dtype) * scale
-        key = take_heads(student.key[samples, :, keys], [student.key_value_head(h) for h in heads]).to(self.dtype)
-        scores = query @ key.transpose(-1, -2)
-        allowed, bias = student.mask_tile(samples, heads, rows, keys)
+        query, key = self.query[samples, :, rows], self.key[samples, :, keys]
+        scores = torch.matmul(query, key.transpose(-1, -2), out=sweep.take("scores", squeezed.shape))
+        allowed, bias = student.mask_tile(samples, self.heads, rows, keys, causality=False)
         if bias is not None:
             scores += bias / problem.temperature
-        common = self._common_support(allowed, mix, heads, serving, samples, rows, keys)
-        valid: Tensor | None = None
+        common = self._common_mask(allowed, samples, rows, keys)
         if common is not None:
             scores.masked_fill_(~common, NEGATIVE)
-        if common is not None and not self.same_support:
-            squeezed *= common
+        if sweep.causal:
+            sweep.workspace.fill_future(scores, rows, NEGATIVE)
+        valid: Tensor | None = None
+        if not sweep.same_support:
+            if common is not None:
+                squeezed *= common
+            if sweep.causal:
+                sweep.workspace.fill_future(squeezed, rows, 0.0)
             mass = squeezed.sum(-1, keepdim=True)
             valid = mass.squeeze(-1) > 0
             squeezed /= mass.where(mass > 0, 1.0)
 
         # One softmax serves the map and the log-normaliser: the largest entry of a row is exp(0) / normaliser. (torch's
-        # exp is many times slower than its softmax where entries underflow, as forbidden ones do.)
+        # exp and log are many times slower than its softmax where numbers are subnormal.)
         top = scores.amax(-1, keepdim=True)
-        student_map = scores.softmax(-1)
+        student_map = torch.softmax(scores, -1, out=sweep.take("student map", scores.shape))
         log_normaliser = top - student_map.amax(-1, keepdim=True).log_()
         # Term by term Σ P (log P − log Q): the difference of two sums would cancel.
-        log_ratio = squeezed.clamp_min(torch.finfo(self.dtype).tiny).log_()
+        log_ratio = torch.clamp_min(squeezed, torch.finfo(dtype).tiny, out=sweep.take("log ratio", scores.shape)).log_()
         log_ratio -= scores
         log_ratio += log_normaliser
-        divergence = (log_ratio * squeezed).sum(-1)  # (b, s, r)
+        divergence = log_ratio.mul_(squeezed).sum(-1)  # (b, s, r)
 
         weights = self._weights(divergence, valid, samples, rows)
-        if self.each_row is not None:
-            self.each_row[samples, head_index(heads), rows] = divergence * (weights > 0)
-        self.total += (divergence * weights).sum(dtype=torch.float64)
-        self.count += weights.sum(dtype=torch.float64)
-        if self.gradients is not None:
-            factors = (
-                weights if self.factors is None else self.factors[samples, head_index(heads), rows] * (weights > 0)
-            )
-            wanted = student_map.sub_(squeezed).mul_(factors[..., None])
-            self.gradients.add(
-                wanted, query, key, heads, samples, rows, keys, scale=scale, temperature=problem.temperature
-            )
+        if sweep.each_row is not None:
+            counted = divergence if weights is None else divergence * (weights > 0)
+            sweep.each_row[samples, head_index(self.heads), rows] = counted
+        sweep.total += (divergence if weights is None else divergence * weights).sum(dtype=torch.float64)
+        sweep.count += divergence.numel() if weights is None else weights.sum(dtype=torch.float64)
+        if sweep.gradients is not None:
+            score_grad = student_map.sub_(squeezed)
+            factors = weights
+            if sweep.factors is not None:
+                factors = sweep.factors[samples, head_index(self.heads), rows]
+                factors = factors if weights is None else factors * (weights > 0)
+            if factors is not None:
+                score_grad *= factors[..., None]
+            sweep.gradients.add(
+                score_grad, query, key, self.heads, samples, rows, keys,
+                scale=student.scale / problem.temperature, temperature=problem.temperature,
+            )  # fmt: skip
 
-    def _common_support(
-        self,
-        for_student: Tensor | None,
-        mix: Tensor,
-        heads: list[int],
-        serving: list[int],
-        samples: slice,
-        rows: slice,
-        keys: slice,
-    ) -> Tensor | None:
-        """Keys that the student and a serving teacher head may attend to; ``None`` where that is all of them."""
-        for_teacher, _ = self.problem.teacher.mask_tile(samples, serving, rows, keys)
+    def _squeezed(self, samples: slice, rows: slice) -> Tensor:
+        """(b, s, r, K): the teacher's maps, mixed, on the keys that its rows can reach; a row without any is for the
+        common support to take out."""
+        mix, maps = self.mix[samples], self.taught.tile(samples, rows).to(self.sweep.dtype)
+        if mix.shape[1] == 1:
+            # In place and head by head: cheaper than a product with one row.
+            mixed = maps[:, :1].mul_(mix[:, :, :1, None])
+            for t in range(1, maps.shape[1]):
+                mixed.addcmul_(maps[:, t : t + 1], mix[:, :, t : t + 1, None])
+            return mixed
+        shape = (maps.shape[0], mix.shape[1], *maps.shape[2:])
+        return torch.matmul(mix, maps.flatten(2), out=self.sweep.take("squeezed", shape).flatten(2)).view(shape)
+
+    def _common_mask(self, for_student: Tensor | None, samples: slice, rows: slice, keys: slice) -> Tensor | None:
+        """Keys that the masks of the student and of a serving teacher head allow; ``None`` where that is all of
+        them."""
+        for_teacher, _ = self.problem.teacher.mask_tile(samples, self.serving, rows, keys, causality=False)
         if for_teacher is not None and for_teacher.shape[1] > 1:  # each teacher head has its own mask
-            serves = (mix > 0).to(self.dtype)
-            seen = for_teacher.to(self.dtype)
-            for_teacher = torch.einsum("bst,btqk->bsqk", serves, seen.expand(mix.shape[0], -1, -1, -1)) > 0
+            serves = (self.mix[samples] > 0).to(self.sweep.dtype)
+            seen = for_teacher.to(self.sweep.dtype)
+            for_teacher = torch.einsum("bst,btqk->bsqk", serves, seen.expand(serves.shape[0], -1, -1, -1)) > 0
         if for_student is None or for_teacher is None:
             return for_teacher if for_student is None else for_student
         return for_student & for_teacher
 
-    def _weights(self, divergence: Tensor, valid: Tensor | None, samples: slice, rows: slice) -> Tensor:
-        weights = torch.ones_like(divergence) if valid is None else valid.to(divergence.dtype)
-        if self.problem.rows is not None:
-            weights = weights * self.problem.rows[samples, rows][:, None].to(divergence.dtype)
-        return weights
+    def _weights(self, divergence: Tensor, valid: Tensor | None, samples: slice, rows: slice) -> Tensor | None:
+        """(b, s, r); ``None`` where each is 1."""
+        weights = None if valid is None else valid.to(divergence.dtype)
+        if self.problem.rows is None:
+            return weights
+        given = self.problem.rows[samples, rows][:, None].to(divergence.dtype)
+        return given.expand_as(divergence) if weights is None else weights * given
 
 
 def _head_blocks(problem: _Problem) -> list[tuple[list[int], list[int]]]:
-    """Student heads, one at a time, with the teacher heads that serve them.
+    """Student heads with the teacher heads that serve them; those that the same heads serve go together.
 
     On a CPU reading ``mix`` is free and heads without weight are left out. Elsewhere it would make the device wait, so
     all teacher heads are mixed for all student heads at once.
@@ -235,16 +277,10 @@ def _head_blocks(problem: _Problem) -> list[tuple[list[int], list[int]]]:
     students, teachers = problem.mix.shape[1:]
     if problem.mix.device.type != "cpu":
         return [(list(range(students)), list(range(teachers)))]
-    serves = (problem.mix != 0).any(0).tolist()
-    return [([s], [t for t in range(teachers) if serves[s][t]] or [0]) for s in range(students)]
-
-
-def _mix_maps(mix: Tensor, maps: Tensor) -> Tensor:
-    """(b, s, t) × (b, t, r, K) → (b, s, r, K)."""
-    if mix.shape[1] == 1:
-        # In place and head by head: cheaper than a product with one row.
-        mixed = maps[:, :1] * mix[:, :, :1, None]
-        for t in range(1, maps.shape[1]):
-            mixed.addcmul_(maps[:, t : t + 1], mix[:, :, t : t + 1, None])
-        return mixed
-    return (mix @ maps.flatten(2)).unflatten(2, maps.shape[2:])
+    if problem.mix.shape[0] == 0:
+        return []
+    blocks: dict[tuple[int, ...], list[int]] = {}
+    for student, serves in enumerate((problem.mix != 0).any(0).tolist()):
+        serving = tuple(t for t in range(teachers) if serves[t])
+        blocks.setdefault(serving, []).append(student)
+    return [(heads, list(serving)) for serving, heads in blocks.items()]

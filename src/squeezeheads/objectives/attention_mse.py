@@ -13,7 +13,7 @@ from squeezeheads.attention import NEGATIVE, AttentionRecord, check_rows, comput
 from squeezeheads.objectives.base import Evidence
 from squeezeheads.objectives.layer_plan import PairedObjective, check_learnable
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
-from squeezeheads.tiling import TILE_BYTES, tiles
+from squeezeheads.tiling import tiles
 
 
 @dataclass
@@ -80,7 +80,7 @@ def squared_difference(
     teacher: AttentionRecord,
     compare: str = "scores",
     rows: Tensor | None = None,
-    tile_bytes: int = TILE_BYTES,
+    tile_bytes: int | None = None,
 ) -> Tensor:
     """The mean squared difference between two layers with equal heads, see ``AttentionMSE``.
 
@@ -139,7 +139,7 @@ class _Problem:
     teacher: AttentionRecord
     difference: Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor]]
     rows: Tensor | None
-    tile_bytes: int
+    tile_bytes: int | None
 
 
 class _SquaredDifference(torch.autograd.Function):
@@ -174,7 +174,8 @@ def _sweep(problem: _Problem, gradients: ScoreGradients) -> tuple[Tensor, Tensor
     count = torch.zeros((), dtype=torch.float64, device=device)
     for heads in _head_blocks(num_heads, device):
         # Both models' scores, their difference, and what is made from it live at the same time.
-        for samples, rows in tiles(batch, queries, 4 * 4 * len(heads) * student.num_keys, problem.tile_bytes):
+        row_bytes = 4 * 4 * len(heads) * student.num_keys
+        for samples, rows in tiles(batch, queries, row_bytes, device, problem.tile_bytes):
             keys = slice(0, min(student.visible_keys(rows).stop, teacher.visible_keys(rows).stop))
             learned, for_student = student.score_tile(samples, heads, rows, keys)
             taught, for_teacher = teacher.score_tile(samples, heads, rows, keys)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from squeezeheads.objectives.layer_plan import check_learnable
 from squeezeheads.objectives.squeeze_plan import SqueezedObjective
 from squeezeheads.pairing import LayerPairs, pair_layers
 from squeezeheads.squeezing import HeadGroups, group_heads, mixing_matrix
+from squeezeheads.squeezing.weights import check_alpha_rows
 from squeezeheads.token_layout import SharedTokens, check_layout, share_tokens
 
 
@@ -25,6 +27,7 @@ def squeezed_attention_loss(
     layers: str | Sequence[Sequence[int]] = "uniform",
     schedule: str | Sequence[HeadGroups] = "progressive",
     weights: str = "least_squares",
+    alpha_rows: int | None = None,
     rows: Tensor | None = None,
     temperature: float = 1.0,
     implementation: str = "auto",
@@ -42,6 +45,7 @@ def squeezed_attention_loss(
             order, or one for each of the teacher's layers, as ``calibrate_groups`` answers for whole recordings. Where
             both are equally many, they are taken by pairs.
         weights: how grouped heads are weighed, see ``squeezeheads.mixing_matrix``.
+        alpha_rows: rows of each sample from which that is found, see there; all by default.
         rows: (B, Q) bool or weights: query rows that count (the student's). For padded batches pass the attention mask.
         temperature: divides both models' scores before their softmax.
         implementation: see ``squeezeheads.attention_divergence``.
@@ -54,8 +58,10 @@ def squeezed_attention_loss(
         Scalar, mean over layer pairs, in nats per valid row and head. Its gradient reaches the student alone.
 
     Raises:
-        ValueError: recordings that cannot be compared, unknown options.
-        RuntimeError: gradients are on, but none can reach the student's recorded attention.
+        ValueError: recordings that cannot be compared, unknown options, ``alpha_rows`` below 1.
+        RuntimeError: gradients are on, but none can reach the student's recorded attention; ``"triton"`` without a CUDA
+            device.
+        ImportError: ``"triton"`` where Triton is not installed.
 
     Source: SHD, arXiv 2502.07436; METHOD §3, §4.
     """
@@ -74,7 +80,9 @@ def squeezed_attention_loss(
         else:
             groups = groupings[index]
         tokens = share_tokens(student, teacher, *layouts)
-        losses.append(_layer_loss(student, teacher, groups, tokens, weights, rows, temperature, implementation))
+        losses.append(
+            _layer_loss(student, teacher, groups, tokens, weights, alpha_rows, rows, temperature, implementation)
+        )
     return torch.stack(losses).mean()
 
 
@@ -96,6 +104,7 @@ def _layer_loss(
     groups: HeadGroups,
     tokens: SharedTokens | None,
     weights: str,
+    alpha_rows: int | None,
     rows: Tensor | None,
     temperature: float,
     implementation: str = "auto",
@@ -105,7 +114,10 @@ def _layer_loss(
         check_comparable(student, teacher)
     else:
         (student, teacher), rows = tokens.squeezed(student, teacher), tokens.rows(rows)
-    mix = mixing_matrix(teacher, groups, weights=weights, rows=rows)
+    mix = mixing_matrix(
+        teacher, groups, weights=weights, rows=rows, alpha_rows=alpha_rows,
+        implementation="triton" if implementation == "triton" else "auto",
+    )  # fmt: skip
     return attention_divergence(
         student, teacher, mix, rows=rows, temperature=temperature, implementation=implementation
     )
@@ -118,11 +130,19 @@ class SqueezedHeads(SqueezedObjective):
 
     temperature: float = 1.0
     """Divides the attention scores of both models before their softmax."""
+    alpha_rows: int | None = None
+    """Find weights that are found from maps from so many of each sample's rows, drawn evenly, in place of all of them:
+    less time for an α that varies a little with the draw."""
+    implementation: Literal["auto", "tiled", "triton"] = "auto"
+    """How it is computed: in tiles, anywhere; by fused kernels for CUDA that no GPU has run yet. "auto" is "tiled"."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.temperature > 0:
             raise ValueError(f"temperature={self.temperature!r}: expected a positive number.")
+        check_alpha_rows(self.alpha_rows)
+        if self.implementation not in ("auto", "tiled", "triton"):
+            raise ValueError(f"implementation={self.implementation!r} is unknown: expected auto, tiled or triton.")
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Mean over the batch's rows that count, student heads and paired layers."""
@@ -130,7 +150,17 @@ class SqueezedHeads(SqueezedObjective):
         taught = [evidence.taught[layer.teacher_position] for layer in self.plan]
         check_learnable(learned)
         losses = [
-            _layer_loss(student, teacher, layer.groups, layer.tokens, self.weights, evidence.rows, self.temperature)
+            _layer_loss(
+                student,
+                teacher,
+                layer.groups,
+                layer.tokens,
+                self.weights,
+                self.alpha_rows,
+                evidence.rows,
+                self.temperature,
+                self.implementation,
+            )
             for student, teacher, layer in zip(learned, taught, self.plan, strict=True)
         ]
         return torch.stack(losses).mean()

@@ -55,7 +55,9 @@ def attention_figures(
         compared, compared_rows = theirs, rows
         if layer.tokens is not None:
             compared, compared_rows = layer.tokens.taught(theirs), layer.tokens.rows(rows)
-        mix = mixing_matrix(compared, layer.groups, weights=objective.weights, rows=compared_rows)[sample].cpu()
+        mix = mixing_matrix(
+            compared, layer.groups, weights=objective.weights, rows=compared_rows, alpha_rows=objective.alpha_rows
+        )[sample].cpu()
         teacher_maps, student_maps = theirs.maps()[sample].float().cpu(), mine.maps()[sample].float().cpu()
         order = [head for group in layer.groups for head in group]
         below = [sum(map(len, layer.groups[:s])) for s in range(len(layer.groups))]  # column of a group's first head

@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from squeezeheads.attention import AttentionRecord, check_rows, compute_dtype, take_heads
-from squeezeheads.tiling import TILE_BYTES, tiles
+from squeezeheads.tiled_maps import TiledMaps
+from squeezeheads.tiling import Workspace, tiles
 
 HeadGroups = tuple[tuple[int, ...], ...]
 """Teacher heads (counted from 0) of each student head."""
@@ -76,8 +77,9 @@ def require_values(
     return value, weight
 
 
+@torch.no_grad()
 def difference_grams(
-    record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None, tile_bytes: int = TILE_BYTES
+    record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None, tile_bytes: int | None = None
 ) -> list[Tensor]:
     """Gram matrices of the ``D_i X_l`` of each group, summed over query rows. No gradient.
 
@@ -96,21 +98,31 @@ def difference_grams(
         grams.append(torch.zeros(batch, vectors, vectors, dtype=torch.float64, device=record.query.device))
     merging = [index for index, group in enumerate(groups) if len(group) > 1]
     members = [head for index in merging for head in groups[index]]
+    workspace = Workspace(record.query.device)
     # Candidates of a calibration share heads: each tile's maps are made once for all of them. Groups that share none go
     # one by one, with more rows to a tile.
-    for together in [merging] if len(set(members)) < len(members) else [[index] for index in merging]:
-        heads = sorted({head for index in together for head in groups[index]})
-        circuits = {index: _Circuits(record, value, weight, groups[index]) for index in together}
-        for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys, tile_bytes):
+    apart = len(set(members)) == len(members)
+    for together in [[index] for index in merging] if apart else [merging]:
+        heads = list(groups[together[0]]) if apart else sorted(set(members))
+        maps_of = TiledMaps(record, heads, workspace)
+        circuits = {index: _Circuits(record, value, weight, groups[index], keep=apart) for index in together}
+        row_bytes = 4 * len(heads) * record.num_keys
+        # The last rows see the most keys: the workspace grows once.
+        parts = tiles(batch, record.num_queries, row_bytes, workspace.device, tile_bytes, causal=record.is_causal)
+        for samples, tile in reversed(parts):
             keys = record.visible_keys(tile)
             with torch.autocast(record.query.device.type, enabled=False):
-                maps = record.map_tile(samples, heads, tile, keys)
+                maps = maps_of.tile(samples, tile)
                 for index in together:
-                    own = take_heads(maps, [heads.index(head) for head in groups[index]])
+                    if apart:
+                        differences = maps[:, 1:].sub_(maps[:, :1])
+                    else:
+                        own = take_heads(maps, [heads.index(head) for head in groups[index]])
+                        differences = own[:, 1:] - own[:, :1]
                     # (b, k−1, r, K) differences → (b, k−1, k, r, w) vectors → (b, (k−1)·k, r·w)
-                    features = circuits[index].write(own[:, 1:] - own[:, :1], samples, keys)
+                    features = circuits[index].write(differences, samples, keys)
                     if row_weights is not None:
-                        features = features * row_weights[samples, tile].sqrt()[:, None, None, :, None]
+                        features *= row_weights[samples, tile].sqrt()[:, None, None, :, None]
                     flat = features.flatten(3).flatten(1, 2)
                     grams[index][samples] += (flat @ flat.transpose(1, 2)).double()
     return grams
@@ -152,7 +164,7 @@ def attention_energy(record: AttentionRecord, rows: Tensor | None = None) -> Ten
     values = take_heads(value, [record.key_value_head(h) for h in heads]).to(dtype)
     merged = weight.to(dtype).flatten(0, 1)
     with torch.no_grad(), torch.autocast(record.query.device.type, enabled=False):
-        for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys):
+        for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys, record.query.device):
             keys = record.visible_keys(tile)
             maps = record.map_tile(samples, heads, tile, keys)
             written = (maps @ values[samples, :, keys]).transpose(1, 2).flatten(2) @ merged
@@ -170,7 +182,7 @@ def attended_keys(record: AttentionRecord, rows: Tensor | None) -> Tensor:
         counted = row_weights > 0
     seen = torch.zeros(batch, record.num_keys, dtype=torch.bool, device=device)
     heads = tuple(range(record.num_heads))
-    for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys):
+    for samples, tile in tiles(batch, record.num_queries, 4 * len(heads) * record.num_keys, record.query.device):
         keys = record.visible_keys(tile)
         allowed, _ = record.mask_tile(samples, heads, tile, keys)
         counts = counted[samples, tile]
@@ -182,34 +194,40 @@ def attended_keys(record: AttentionRecord, rows: Tensor | None) -> Tensor:
 
 
 class _Circuits:
-    """The value-output circuits of a group of heads, in the narrow coordinates of the LQ factor."""
+    """The value-output circuits of a group of heads, in the narrow coordinates of the LQ factor.
 
-    def __init__(self, record: AttentionRecord, value: Tensor, weight: Tensor, group: Sequence[int]) -> None:
+    Args:
+        keep: the group's values side by side for all tiles; a calibration with its many groups makes them for each.
+    """
+
+    def __init__(
+        self, record: AttentionRecord, value: Tensor, weight: Tensor, group: Sequence[int], keep: bool = False
+    ) -> None:
         kv = [record.key_value_head(h) for h in group]
         self._distinct = sorted(set(kv))  # grouped queries share values: multiply them once
         self._position = [self._distinct.index(h) for h in kv]
         self._values = value
         self._width = value.shape[-1]
         self._isometry = isometry(weight, tuple(group)).to(compute_dtype(record.query))  # (k, Dv, w)
+        self._kept = self._side_by_side(slice(None), slice(None)) if keep else None
 
     def write(self, maps: Tensor, samples: slice, keys: slice) -> Tensor:
         """(b, n, r, K) maps → (b, n, k, r, w): each map applied to each head's circuit."""
-        read = maps @ self._side_by_side(samples, keys)[:, None]  # (b, n, r, u·Dv)
-        return torch.stack([self._circuit(read, i) for i in range(len(self._position))], dim=2)
+        values = self._side_by_side(samples, keys) if self._kept is None else self._kept[samples, keys]
+        return self._write_out(maps @ values[:, None])
 
     def values(self, samples: slice) -> Tensor:
         """(b, k, K, w): the circuits ``X_l`` themselves."""
-        read = self._side_by_side(samples, slice(None))
-        return torch.stack([self._circuit(read, i) for i in range(len(self._position))], dim=1)
+        return self._write_out(self._side_by_side(samples, slice(None))[:, None])[:, 0]
 
     def _side_by_side(self, samples: slice, keys: slice) -> Tensor:
-        """(b, keys, u·Dv): the distinct values next to each other, so that one product serves all of them. Made for
-        each tile: a calibration holds many circuits at a time."""
+        """(b, keys, u·Dv): the distinct values next to each other, so that one product serves all of them."""
         return torch.cat([self._values[samples, h, keys] for h in self._distinct], dim=-1).to(self._isometry.dtype)
 
-    def _circuit(self, read: Tensor, index: int) -> Tensor:
-        start = self._position[index] * self._width
-        return read[..., start : start + self._width] @ self._isometry[index]
+    def _write_out(self, read: Tensor) -> Tensor:
+        """(b, n, r, u·Dv) what was read of the values → (b, n, k, r, w) in the coordinates of the output."""
+        own = read.unflatten(-1, (len(self._distinct), self._width)).transpose(2, 3)
+        return take_heads(own.flatten(0, 1), self._position).unflatten(0, own.shape[:2]) @ self._isometry
 
 
 def isometry(weight: Tensor, group: tuple[int, ...]) -> Tensor:

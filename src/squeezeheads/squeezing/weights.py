@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord
+from squeezeheads.extras import needs_triton
 from squeezeheads.squeezing.residuals import HeadGroups, check_groups, difference_grams, value_grams
+from squeezeheads.squeezing.row_sample import sample_rows
 
 WEIGHTS = ("least_squares", "joint", "values", "mean", "select")
+MAP_WEIGHTS = ("least_squares", "joint", "select")
+"""Those that are found from the teacher's maps."""
+_IMPLEMENTATIONS = ("auto", "tiled", "triton")
 
 
 @torch.no_grad()
@@ -21,6 +26,9 @@ def mixing_matrix(
     *,
     weights: str = "least_squares",
     rows: Tensor | None = None,
+    alpha_rows: int | None = None,
+    seed: int = 0,
+    implementation: str = "auto",
 ) -> Tensor:
     """Convex weights that squeeze the teacher's ``T`` heads into ``S``: squeezed maps are ``mix @ maps``.
 
@@ -35,21 +43,37 @@ def mixing_matrix(
             * ``"mean"``: 1/k each, the constant merge;
             * ``"select"``: weight 1 on the head that leaves the smallest residual, the hard choice.
         rows: (B, Q) bool or weights: the query rows that count. Pass it for padded batches: padding must not move α.
+        alpha_rows: find the weights of "least_squares", "joint" and "select" from so many of each sample's rows, drawn
+            evenly, in place of all of them: less time for an α that varies a little with the draw. The other modes look
+            at no map and don't change. Worth it for a small share: under a causal mask half of the rows take as long as
+            all.
+        seed: of that draw: each call with it draws the same places.
+        implementation: of the pass over the maps that those modes need: ``"tiled"``; ``"triton"``, a fused kernel for
+            CUDA that no GPU has run yet; ``"auto"`` is ``"tiled"``.
 
     Returns:
         (B, S, T) float32 (float64 for a float64 record), no gradient; rows are non-negative and sum to 1.
 
     Raises:
-        ValueError: unknown ``weights``, groups that do not fit, values or output projection not known where needed.
+        ValueError: unknown ``weights``, groups that do not fit, values or output projection not known where needed,
+            ``alpha_rows`` that is no number from 1, unknown ``implementation``; ``"triton"`` for float64 records.
+        RuntimeError: ``"triton"`` without a CUDA device.
+        ImportError: ``"triton"`` where Triton is not installed.
 
     Source: SHD, arXiv 2502.07436 (form of the merge); METHOD §3 (solutions, carry over rounds, joint answer).
     """
     check_weights(weights)
+    check_alpha_rows(alpha_rows)
+    if implementation not in _IMPLEMENTATIONS:
+        expected = ", ".join(_IMPLEMENTATIONS)
+        raise ValueError(f"implementation={implementation!r} is unknown: expected one of {expected}.")
     groups = check_groups(groups, teacher_record.num_heads, teacher_record.name)
+    if alpha_rows is not None and weights in MAP_WEIGHTS and any(len(group) > 1 for group in groups):
+        teacher_record, rows = sample_rows(teacher_record, rows, alpha_rows, seed)
     batch, device = teacher_record.query.shape[0], teacher_record.query.device
     dtype = torch.float64 if teacher_record.query.dtype == torch.float64 else torch.float32
     mix = torch.zeros(batch, len(groups), teacher_record.num_heads, dtype=dtype, device=device)
-    for index, solved in enumerate(_solve(teacher_record, groups, weights, rows)):
+    for index, solved in enumerate(_solve(teacher_record, groups, weights, rows, implementation=implementation)):
         mix[:, index, list(groups[index])] = solved.to(dtype)
     return mix
 
@@ -104,12 +128,27 @@ def check_weights(weights: str, name: str = "weights", alternative: str = "") ->
         raise ValueError(f"{name}={weights!r} is unknown: expected one of {', '.join(WEIGHTS)}{alternative}.")
 
 
+def check_alpha_rows(alpha_rows: int | None) -> None:
+    """Whether so many rows can be drawn.
+
+    Raises:
+        ValueError: they cannot; names the value.
+    """
+    if alpha_rows is None:
+        return
+    if isinstance(alpha_rows, bool) or not isinstance(alpha_rows, int) or alpha_rows < 1:
+        raise ValueError(
+            f"alpha_rows={alpha_rows!r}: expected a whole number of at least 1, or None for an α from all rows."
+        )
+
+
 def _solve(
     record: AttentionRecord,
     groups: HeadGroups,
     weights: str,
     rows: Tensor | None,
     grams: list[Tensor] | None = None,
+    implementation: str = "auto",
 ) -> list[Tensor]:
     """Weights (B, k) float64 of each group."""
     batch, device = record.query.shape[0], record.query.device
@@ -122,11 +161,28 @@ def _solve(
     if weights == "values":
         collected, solver = value_grams(record, groups, rows), _rounds_by_values
     else:
-        collected = difference_grams(record, groups, rows) if grams is None else grams
+        collect = triton_grams() if implementation == "triton" else difference_grams
+        collected = collect(record, groups, rows) if grams is None else grams
         solver = {"least_squares": _rounds, "joint": _joint, "select": _select}[weights]
-    return [
-        ones(1) if len(group) == 1 else solver(gram, len(group)) for group, gram in zip(groups, collected, strict=True)
-    ]
+    # Groups of one size are solved together, as if they were samples of one batch.
+    found = [ones(1)] * len(groups)
+    for size in {len(group) for group in groups} - {1}:
+        alike = [index for index, group in enumerate(groups) if len(group) == size]
+        solved = solver(torch.cat([collected[index] for index in alike]), size).split(batch)
+        for index, weight in zip(alike, solved, strict=True):
+            found[index] = weight
+    return found
+
+
+def triton_grams() -> Callable[..., list[Tensor]]:
+    """The Gram pass as a kernel.
+
+    Raises:
+        ImportError: Triton is not installed.
+    """
+    with needs_triton():
+        from squeezeheads.squeezing.triton_grams import triton_difference_grams
+    return triton_difference_grams
 
 
 def residual(gram: Tensor, weights: Tensor) -> Tensor:

@@ -1,0 +1,53 @@
+"""The maps of some heads, tile after tile in the same memory: what squeezing and divergence rebuild from a record."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from squeezeheads.attention import NEGATIVE, AttentionRecord
+from squeezeheads.tiling import Workspace
+
+
+class TiledMaps:
+    """No gradient.
+
+    Args:
+        record: whose maps.
+        heads: which of its heads, in this order.
+        workspace: where the tiles lie.
+        temperature: the scores are divided by it before the softmax.
+    """
+
+    def __init__(
+        self, record: AttentionRecord, heads: Sequence[int], workspace: Workspace, temperature: float = 1.0
+    ) -> None:
+        everything = slice(None)
+        self._record, self._heads, self._workspace, self._temperature = record, heads, workspace, temperature
+        self._query = record.query_tile(everything, heads, everything, temperature)
+        self._key = record.key_tile(everything, heads, everything)
+
+    def tile(self, samples: slice, rows: slice) -> Tensor:
+        """(b, heads, r, K) on the keys that the rows can reach (``AttentionRecord.visible_keys``), in the compute
+        dtype, until the next call. Forbidden keys hold 0, unless all of the row's are forbidden to all heads alike:
+        such a row is the same for all heads, and its content without meaning."""
+        record, keys = self._record, self._record.visible_keys(rows)
+        query, key = self._query[samples, :, rows], self._key[samples, :, keys]
+        shape = (*query.shape[:3], key.shape[2])
+        scores = torch.matmul(query, key.transpose(-1, -2), out=self._workspace.take("maps", shape, query.dtype))
+        allowed, bias = record.mask_tile(samples, self._heads, rows, keys, causality=False)
+        if bias is not None:
+            scores += bias / self._temperature
+        if allowed is not None:
+            scores.masked_fill_(~allowed, NEGATIVE)
+        if record.is_causal:
+            self._workspace.fill_future(scores, rows, NEGATIVE)
+        # In place where that is known to work.
+        maps = torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)
+        if allowed is not None and allowed.shape[1] > 1:
+            maps *= allowed  # a head may be allowed nothing in a row where others are
+            if record.is_causal:
+                self._workspace.fill_future(maps, rows, 0.0)
+        return maps
