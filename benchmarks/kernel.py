@@ -1,6 +1,7 @@
 """Time and memory of the attention loss, beside the attention that it watches and the version that holds the maps.
 
-    python -m benchmarks.kernel                      # all shapes (hours); writes results/speed/kernel.json
+    python -m benchmarks.kernel                      # all shapes (an hour or more); writes results/speed/kernel.json
+    python -m benchmarks.kernel --go-on              # the same, after it was stopped
     python -m benchmarks.kernel --small              # three of them (minutes); writes results/speed/kernel-small.json
     python -m benchmarks.kernel --page [--small]     # tables and plot of docs/speed.md from either file
 
@@ -26,7 +27,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import RESULTS, ROOT, print_table, write_result
+from benchmarks.environment import RESULTS, ROOT, describe_run, print_table, write_result
 from benchmarks.interleaved import interleaved
 from benchmarks.kernel_cases import VERSIONS, Case, make_inputs, needed_bytes, runs_on
 from benchmarks.process_memory import available_bytes, peak_above
@@ -65,6 +66,7 @@ def cases(small: bool) -> list[Case]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--small", action="store_true", help="a few shapes, in minutes")
+    parser.add_argument("--go-on", action="store_true", help="keep what the output holds of the same cases")
     parser.add_argument("--page", action="store_true", help="measure nothing; write the documentation's table and plot")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory-of", help="internal: measure this version's memory and print JSON")
@@ -79,10 +81,24 @@ def main() -> None:
         write_kernel(PAGE, SMALL_FILE if chosen.small else FILE)
         return
     check()
-    found = [entry for case in cases(chosen.small) for entry in time_of(case)]
-    memory = memories(SMALL_MEMORY_TOKENS if chosen.small else MEMORY_TOKENS)
     output = chosen.output or (SMALL_FILE if chosen.small else FILE)
-    write_result(output, {"time_unit": "of attention's", "times": found, "memory_unit": "MiB", "memory": memory})
+    found: list[dict[str, Any]] = []
+    if chosen.go_on and output.is_file():
+        stored = json.loads(output.read_text())
+        if stored["run"]["commit"] != describe_run()["commit"]:
+            raise SystemExit(
+                f"{output} is of commit {stored['run']['commit']}: leave out --go-on, times would not compare."
+            )
+        found = stored["times"]
+    for case in cases(chosen.small):
+        if not any(asdict(case).items() <= entry.items() for entry in found):
+            found += time_of(case)
+            write(output, found, [])
+    write(output, found, memories(SMALL_MEMORY_TOKENS if chosen.small else MEMORY_TOKENS))
+
+
+def write(output: Path, times: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
+    write_result(output, {"time_unit": "of attention's", "times": times, "memory_unit": "MiB", "memory": memory})
 
 
 def check() -> None:

@@ -24,7 +24,7 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -228,9 +228,10 @@ def main() -> None:
     stored = json.loads(FILE.read_text()) if FILE.is_file() else {"times": [], "memory": []}
     result = {part: [e for e in stored[part] if e["setting"] not in names] for part in ("times", "memory")}
     for name in names:
-        result["times"] += times_of(name, chosen.rounds)
+        measured = times_of(name, chosen.rounds)
+        result["times"] += measured
         if not chosen.no_memory:
-            result["memory"] += memories_of(name)
+            result["memory"] += memories_of(name, [entry["version"] for entry in measured])
         write_result(FILE, result)
 
 
@@ -248,16 +249,14 @@ def times_of(name: str, rounds: int) -> list[dict[str, Any]]:
     return [{"setting": name, "version": v, "rounds": rounds, **asdict(t)} for v, t in timings.items()]
 
 
-def memories_of(name: str) -> list[dict[str, Any]]:
-    """Peak memory of the versions of a setting, each in a fresh process.
+def memories_of(name: str, versions: Sequence[str]) -> list[dict[str, Any]]:
+    """Peak memory of versions of a setting, each in a fresh process.
 
     Raises:
         RuntimeError: a process failed; says what it said.
     """
     found = []
-    for version in VERSIONS:
-        if name == "dit" and version == "+ materialised":
-            continue
+    for version in versions:
         command = [sys.executable, "-m", "benchmarks.step", "--setting", name, "--memory-of", version]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
         if done.returncode:
