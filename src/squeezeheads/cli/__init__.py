@@ -59,6 +59,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = how_to_install(error.name)
         print(f"squeezeheads {command}: the package {error.name!r} is missing. {advice}", file=sys.stderr)
         return 2
+    except Exception as error:
+        from squeezeheads.files import disk_trouble
+
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        advice = " Make room, then start the same command again: it goes on from what is whole." * (command in GO_ON)
+        print(f"squeezeheads {command}: a file could not be written: {trouble}{advice}", file=sys.stderr)
+        return 2
 
 
 def hide_foreign_bars() -> None:
