@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import RecipeError, SavingError
 
 
 def finite(value: Any) -> Any:
@@ -77,12 +77,14 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO}
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def disk_trouble(error: BaseException) -> str | None:
-    """What an error says, as a sentence, if it is that of a disk that is full, a quota, or a disk that fails."""
+    """What an error says, as a sentence, if it is that of a full disk or a quota."""
     text = " ".join(str(error).split())
+    if isinstance(error, SavingError):
+        return text
     if isinstance(error, OSError):
         found = error.errno in _NO_ROOM or "No space left on device" in text
     else:

@@ -65,7 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         trouble = disk_trouble(error)
         if trouble is None:
             raise
-        advice = " Make room, then start the same command again: it goes on from what is whole." * (command in GO_ON)
+        advice = (
+            " Make room and start the same command again: it goes on from what is whole." if command in GO_ON else ""
+        )
         print(f"squeezeheads {command}: a file could not be written: {trouble}{advice}", file=sys.stderr)
         return 2
 
