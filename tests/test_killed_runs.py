@@ -1,8 +1,9 @@
-"""Runs that are killed go on to the same losses and weights, bit for bit, wherever it was. A full disk costs nothing."""
+"""Runs that are killed go on to the same losses and weights, bit for bit. A full disk costs nothing."""
 
 from __future__ import annotations
 
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -112,5 +113,51 @@ def test_a_run_that_was_killed_in_any_place_goes_on_as_if_it_had_not_been(tmp_pa
         place = place.replace("{run}", str(run)).replace("move /", f"move {run}/")
         found = starter.start("distill", path, "--output", run, log=log, at=place, count=count)
         assert found["code"] == KILLED, (place, found, log.read_text())
+    assert starter.start("distill", path, "--output", run, log=log)["code"] == 0, log.read_text()
+    check_same(whole, run)
+
+
+@pytest.mark.slow
+def test_twenty_random_kills(tmp_path, starter):
+    """One run, killed twenty times: five times anywhere, fifteen times once it trains. Prints what it did."""
+    longer = {"training__max_steps": 400, "teacher__training__max_steps": 300, "training__save_every": 10}
+    longer |= {"teacher__training__save_every": 10, "training__log_every": 7, "teacher__training__log_every": 7}
+    path = write_recipe(tmp_path / "recipe.yaml", json.loads(json.dumps(RECIPE)), longer)
+    whole, run, log = tmp_path / "whole", tmp_path / "run", tmp_path / "log"
+    undisturbed = starter.start("distill", path, "--output", whole, log=log)
+    assert undisturbed["code"] == 0, log.read_text()
+    starting = undisturbed["seconds"] - undisturbed["trained"]
+    seed = random.randrange(2**32)
+    draw = random.Random(seed)
+    reached = []
+    for kill in range(20):
+        when = {"after": draw.uniform(0, starting)} if kill % 4 == 3 else {}
+        when = when or {"trained": draw.uniform(0, undisturbed["trained"] / 18)}
+        found = starter.start("distill", path, "--output", run, log=log, **when)
+        assert found["code"] == KILLED, (seed, kill, found["code"], log.read_text())
+        reached.append(max((int(p.name[11:]) for p in run.glob("work/*/*/**/checkpoint-*")), default=0))
+    assert not (run / "results.json").exists(), "the run was over before the last kill"
+    assert starter.start("distill", path, "--output", run, log=log)["code"] == 0, log.read_text()
+    check_same(whole, run)
+    losses = [len(r["losses"]) for rs in left(run)["results"]["students"].values() for r in rs]
+    print(f"seed {seed}: 20 kills, newest checkpoint after each {reached}; undisturbed {undisturbed['seconds']:.1f} s")
+    print(f"4 models and {losses} logged losses of the students equal the undisturbed run's, bit for bit")
+
+
+@pytest.mark.parametrize("limit", [6_000, 20_000], ids=["at the first save", "where a student is saved"])
+def test_a_full_disk_is_said_and_costs_nothing(tmp_path, small, starter, limit):
+    """Files of at most so many bytes: the system's own error, from whoever writes."""
+    path, whole, _ = small
+    run, log = tmp_path / "run", tmp_path / "log"
+    before = starter.start("distill", path, "--output", run, log=log, at=f"{run}/{TEACHER}/checkpoint-4/rng", count=1)
+    assert before["code"] == KILLED
+    files = {p: p.read_bytes() for p in run.glob(f"{TEACHER}/checkpoint-2/*")}
+    found = starter.start("distill", path, "--output", run, log=log, limit=limit)
+    said = " ".join(log.read_text().split())
+    assert found["code"] == 2 and "Traceback" not in said
+    assert "checkpoint-4 could not be written" in said and "File too large" in said or "PytorchStreamWriter" in said
+    assert "the last whole one is checkpoint-2. Make room and resume: the training goes on from there." in said
+    assert files and {p: p.read_bytes() for p in run.glob(f"{TEACHER}/checkpoint-2/*")} == files
+    assert not (run / TEACHER / "checkpoint-4").exists()
     assert starter.start("distill", path, "--output", run, log=log)["code"] == 0, log.read_text()
     check_same(whole, run)
