@@ -13,8 +13,8 @@ COMMAND_LINE_ALONE = {
     "trust_remote_code": "and no command gives it: a model's own code is never run, convert it to one of transformers'",
 }
 """Keys, wherever they stand, that a file may not give; with the reason."""
-_HARMLESS = (None, "none", [], ["none"], "tensorboard", ["tensorboard"])
-"""Values of these keys that run nothing and send nothing."""
+_HARMLESS = {"report_to": ("none", [], ["none"], "tensorboard", ["tensorboard"]), "trust_remote_code": (False,)}
+"""Values of these keys, beside null, that run nothing and send nothing."""
 
 
 def check_trusted(tree: Any, key: str, given: set[str]) -> None:
@@ -35,7 +35,8 @@ def check_trusted(tree: Any, key: str, given: set[str]) -> None:
         return
     for name, value in tree.items():
         where = f"{key}.{name}" if key else str(name)
-        if name in COMMAND_LINE_ALONE and where not in given and value is not False and value not in _HARMLESS:
+        told = name in COMMAND_LINE_ALONE and value is not None and not isinstance(value, dict)
+        if told and where not in given and value not in _HARMLESS.get(name, ()):
             way_out = "" if name == "trust_remote_code" else f" Give it on the command line: --{where} {value!r}."
             raise ValueError(f"{where}={value!r} cannot stand in a file: {COMMAND_LINE_ALONE[name]}.{way_out}")
         check_trusted(value, where, given)
