@@ -1,5 +1,5 @@
-"""What nothing may depend on, for whole models of six families through the public interface: how a batch is padded, split
-and accumulated, how maps are tiled, what memory held before; and that a seed decides everything."""
+"""Whole models of six families through the public interface: nothing depends on how a batch is padded, split and
+accumulated, on how maps are tiled, or on what memory held before; and a seed decides everything."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_a_text_without_padding_counts_as_in_a_batch(name: str) -> None:
 def objectives() -> dict[str, Any]:
     return {
         "attention": SqueezedHeads(schedule="progressive"),
-        "relations": SqueezedRelations(relations=("value",), schedule="progressive"),
+        "relations": SqueezedRelations(schedule="progressive"),
     }
 
 
