@@ -42,9 +42,10 @@ class Starter:
 
         Args:
             log: where its output goes.
-            at: kill it inside its `count`-th event whose name contains this. Events are written out as "step", the
-                middle of a training step, and "KIND PATH", with the kinds `text`, `state`, `tensors`, `torch` (writing:
-                killed when half the file is there), `move` (before it) and `tree` (deleting: when one file is gone).
+            at: kill it inside its `count`-th event whose name contains this. Events are "step", the middle of a
+                training step, and "KIND PATH", with the kinds `text`, `state`, `tensors`, `torch` (writing: killed when
+                half the file is there), `move` (before it), `tree` (deleting: when one file is gone), and every file
+                that is opened to be written, every folder made or removed.
             after: kill it these seconds after its start.
             trained: … after its first training step.
             limit: bytes that a file may have, as on a full disk.
@@ -203,6 +204,15 @@ def watch(at: str | None, count: int, seen: Path) -> None:
         return result
 
     SqueezeTrainer.compute_loss = computing
+    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT
+
+    def audit(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open" and isinstance(args[0], str) and args[2] & writing:
+            happens(f"open {args[0]}")
+        elif event in ("os.mkdir", "os.remove", "os.rmdir"):
+            happens(f"{event} {args[0]}")
+
+    sys.addaudithook(audit)
 
 
 if __name__ == "__main__":

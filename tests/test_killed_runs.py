@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,17 @@ def small(tmp_path_factory, starter):
     found = starter.start("distill", path, "--output", folder / "run", log=folder / "log")
     assert found["code"] == 0, (folder / "log").read_text()
     return path, folder / "run", found
+
+
+def test_a_run_writes_below_its_output_and_in_a_temporary_folder(small):
+    _, run, found = small
+    paths = {event.split(" ", 1)[1] for event in found["events"] if " " in event}
+    inside = {path for path in paths if Path(path).is_relative_to(run)}
+    trial = {path for path in paths if path.startswith(f"{tempfile.gettempdir()}/squeezeheads-")}
+    assert len(inside) > 100 and trial
+    caches = {path for path in paths if path.endswith("/matplotlib")}
+    # A bare name belongs to a folder that is being deleted, by its descriptor.
+    assert {path for path in paths - inside - trial - caches if "/" in path} <= {"/dev/null"}
 
 
 def left(output: Path) -> dict:
