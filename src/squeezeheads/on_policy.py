@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import ProcessorMixin
 from trl import DistillationTrainer
 
+from squeezeheads.checkpoints import WholeCheckpoints
 from squeezeheads.logged import check_names
 from squeezeheads.objectives import Evidence, Objective
 from squeezeheads.plan_file import share_plans, take_up_plans
@@ -23,7 +24,7 @@ _NOT_RECORDED = ("eager", "flash", "flex")
 _LOGGED = frozenset({"entropy", "num_tokens", "step_time"})
 
 
-class SqueezeDistillationTrainer(DistillationTrainer):
+class SqueezeDistillationTrainer(WholeCheckpoints, DistillationTrainer):
     """TRL's ``DistillationTrainer`` with attention objectives added to its loss.
 
 
@@ -99,6 +100,7 @@ class SqueezeDistillationTrainer(DistillationTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a resumed run takes up its stored plan."""
+        resume_from_checkpoint = self.resume_point(resume_from_checkpoint)
         if resume_from_checkpoint and self._unprepared():
             take_up_plans(self._unprepared(), self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from squeezeheads.files import store_json
+from squeezeheads.files import read_json, store_json
 from squeezeheads.objectives import Objective
 
 PLAN_FILE = "squeeze_plan.json"
@@ -41,7 +40,7 @@ def take_up_plans(objectives: Mapping[str, Objective], folder: str | None) -> bo
     stored, options = Path(str(folder)) / PLAN_FILE, _options(objectives)
     if not stored.is_file():
         return False
-    kept = json.loads(stored.read_text(encoding="utf-8"))
+    kept = read_json(stored, "Start the training afresh in another output_dir.")
     if kept["options"] != options:
         raise ValueError(
             f"{stored} was made for {kept['options']}, but the objectives are {options}: resume with the objectives "

@@ -142,7 +142,20 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
     elif os.path.exists(output) and any(path != part_of(stored) for path in output.iterdir()):
         raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
     if parts is None:
+        _check_no_links(output)
         _check_writable(output)
+
+
+def _check_no_links(output: Path) -> None:
+    """A folder that comes from elsewhere may hold links: what the run writes and deletes must lie in it."""
+    for folder, folders, files in os.walk(output):
+        for name in (*folders, *files):
+            path = Path(folder) / name
+            if path.is_symlink():
+                raise RecipeError(
+                    f"{path} is a symbolic link to {os.readlink(path)}: the run would write or delete files outside "
+                    "its output. Remove it; to keep a run on another disk, let output itself be the link."
+                )
 
 
 def _check_writable(output: Path) -> None:

@@ -23,6 +23,7 @@ from squeezeheads.batches import ONLY
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.objectives import OBJECTIVES, Objective
 from squeezeheads.tasks import TASKS, Task
+from squeezeheads.trust import check_trusted
 from squeezeheads.yaml_text import read_yaml
 
 
@@ -281,7 +282,9 @@ def _refuse_imports(path: Path, overrides: Sequence[str]) -> None:
     """jsonargparse would import what stands where it expects options (``class_path``, or a dotted name). A recipe is
     data and imports nothing: where options are expected there must be a mapping of options."""
     try:
-        _check_mappings(Recipe, read_yaml(path.read_text(encoding="utf-8")), "")
+        tree = read_yaml(path.read_text(encoding="utf-8"))
+        _check_mappings(Recipe, tree, "")
+        check_trusted(tree, "", {key.replace("-", "_") for key, _ in _overrides(overrides)})
         for key, text in _overrides(overrides):
             value = read_yaml(text)
             for part in reversed(key.split(".")):

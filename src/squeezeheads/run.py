@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import shutil
 import statistics
 from collections.abc import Mapping
@@ -32,7 +31,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluate import evaluate
 from squeezeheads.evaluation import attention_fidelity
-from squeezeheads.files import finite, store_json
+from squeezeheads.files import finite, read_json, store_json, store_text
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import (
     TEACHER_SEED,
@@ -62,6 +61,8 @@ from squeezeheads.trainer import SqueezeTrainer
 from squeezeheads.training import train
 
 __all__ = ["distill", "evaluate"]
+
+AGAIN = "Delete that file, and the next start does its step again."
 
 
 def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
@@ -107,7 +108,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     _keep_best(results, models.task, output)
     run.draw()
     store_json(output / "results.json", results)
-    (output / "results.md").write_text(result_markdown(results), encoding="utf-8")
+    store_text(output / "results.md", result_markdown(results))
     shutil.rmtree(output / "work", ignore_errors=True)
     console.print(result_table(results))
     console.print(
@@ -131,10 +132,7 @@ class _Run:
         """Attention objectives with their plan: by them every student's attention is measured."""
 
     def teacher_results(self) -> dict[str, Any]:
-        return {
-            name: json.loads((teacher_folder(self.recipe, name) / "result.json").read_text(encoding="utf-8"))
-            for name in self.teachers
-        }
+        return {name: read_json(teacher_folder(self.recipe, name) / "result.json", AGAIN) for name in self.teachers}
 
     def train_teachers(self) -> None:
         """Load or train each teacher, and measure it."""
@@ -186,7 +184,7 @@ class _Run:
         folder = self.output / "students" / folder_name(name) / f"seed-{seed}"
         done = folder / "result.json"
         if done.is_file():
-            return json.loads(done.read_text(encoding="utf-8"))
+            return read_json(done, AGAIN)
         objectives = copy.deepcopy(dict(objectives))
         if name == DISTILLED:
             for key, yardstick in self.yardsticks.items():
@@ -276,9 +274,9 @@ def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> None:
     best = max(runs, key=lambda run: sign * run["validation"][task.selection])
     source = output / "students" / folder_name(DISTILLED) / f"seed-{best['seed']}"
     part, kept = output / "student.part", output / "student"
-    for leftover in (part, kept):
-        shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part, ignore=shutil.ignore_patterns("result.json"))
+    shutil.rmtree(kept, ignore_errors=True)  # not before: a full disk must not take an earlier start's
     part.rename(kept)  # in one move: a student that is there is whole
 
 

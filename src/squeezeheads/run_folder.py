@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import Console
 from transformers import PreTrainedModel
 
 from squeezeheads.errors import RecipeError
+from squeezeheads.files import read_json
 from squeezeheads.objectives import SqueezedHeads
 from squeezeheads.preflight import Models
 from squeezeheads.recipe import DISTILLED, Recipe
@@ -23,6 +23,8 @@ MADE = "tokenizer"
 """Folder of what a task made out of its data."""
 PLAN_FILE = "plan.json"
 """Which layers and heads go together, by objective."""
+
+DAMAGED = "Choose another folder with --output, or delete this one."
 
 
 def models_and_data(recipe: Recipe, console: Console) -> tuple[Models, Splits]:
@@ -44,7 +46,7 @@ def check_data(task: Task, splits: Splits, output: Path) -> dict[str, dict[str, 
         for name, samples in (("train", splits.train), ("validation", splits.validation), ("test", splits.test))
     }
     stored = output / DATA_FILE
-    theirs = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else mine
+    theirs = read_json(stored, DAMAGED) if stored.is_file() else mine
     for name, now in mine.items():
         if theirs.get(name) != now:
             before = theirs.get(name, {}).get("samples", 0)
@@ -101,7 +103,7 @@ def take_up_plan(objectives: dict[str, SqueezedHeads], output: Path) -> bool:
     stored = output / PLAN_FILE
     if not stored.is_file():
         return False
-    plans = json.loads(stored.read_text(encoding="utf-8"))
+    plans = read_json(stored, DAMAGED)
     for name, objective in objectives.items():
         objective.plan_from_json(plans[name])
     return True

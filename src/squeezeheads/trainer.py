@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,10 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from squeezeheads.batches import Inputs, labelled_targets, next_token_targets, one_pass, padding_rows
+from squeezeheads.checkpoints import WholeCheckpoints
 from squeezeheads.distillation import Distillation, named_teachers
 from squeezeheads.logged import check_names
 from squeezeheads.objectives import Objective
@@ -25,7 +24,7 @@ from squeezeheads.plan_file import share_plans, take_up_plans
 PROJECTOR_FILE = "projectors.safetensors"
 
 
-class SqueezeTrainer(Trainer):
+class SqueezeTrainer(WholeCheckpoints):
     """``transformers.Trainer`` whose training loss is a ``squeezeheads.Distillation``.
 
 
@@ -111,13 +110,14 @@ class SqueezeTrainer(Trainer):
         self._items: dict[str, Tensor] = {}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
-        """As ``Trainer.train``, after ``prepare``."""
-        if resume_from_checkpoint is True:
-            folder = Path(str(self.args.output_dir))
-            found = last_whole_checkpoint(folder)
-            if found is None:
-                raise ValueError(f"resume_from_checkpoint=True, but {folder} holds no whole checkpoint.")
-            resume_from_checkpoint = str(found)
+        """As ``Trainer.train``, after ``prepare``. ``resume_from_checkpoint=True`` takes the last whole checkpoint.
+
+        Raises:
+            ValueError: ``True``, and there is no whole checkpoint.
+            RuntimeError: a checkpoint from which the training would go on otherwise than it was stopped.
+            SavingError: a checkpoint that could not be written, on a full disk for example.
+        """
+        resume_from_checkpoint = self.resume_point(resume_from_checkpoint)
         self.prepare(resume=bool(resume_from_checkpoint))
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -163,15 +163,12 @@ class SqueezeTrainer(Trainer):
             if objective.projector is not None
         }
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _write_beside(self, checkpoint: Path) -> None:
         projectors = self._projectors()
         if projectors and self.args.should_save:
-            # Before the rest: what marks a checkpoint as whole is written last.
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.mkdir(parents=True, exist_ok=True)
             tensors = {f"{n}/{k}": v.contiguous() for n, m in projectors.items() for k, v in m.state_dict().items()}
-            save_file(tensors, folder / PROJECTOR_FILE)
-        super()._save_checkpoint(model, trial)
+            save_file(tensors, checkpoint / PROJECTOR_FILE)
 
     def _load_projectors(self, checkpoint: str) -> None:
         projectors = self._projectors()
@@ -332,18 +329,3 @@ class _TellEpoch(TrainerCallback):
 
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         self.set_epoch(int(state.epoch or 0))
-
-
-def last_whole_checkpoint(folder: Path) -> Path | None:
-    """The newest checkpoint under ``folder`` that was written to its end, if any. Trainer writes a checkpoint file by
-    file, ``trainer_state.json`` last: where that is missing or cut off, the process was stopped in between."""
-    numbered = [
-        (int(p.name.removeprefix("checkpoint-")), p) for p in folder.glob("checkpoint-*") if p.name[11:].isdigit()
-    ]
-    for _, path in sorted(numbered, reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())
-        except (OSError, ValueError):
-            continue
-        return path
-    return None

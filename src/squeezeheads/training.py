@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback, TrainerState
 
+from squeezeheads.checkpoints import last_whole_checkpoint
 from squeezeheads.errors import RecipeError
 from squeezeheads.reports.progress import ProgressBar
-from squeezeheads.trainer import SqueezeTrainer, last_whole_checkpoint
+from squeezeheads.trainer import SqueezeTrainer
 
 
 def train(trainer: SqueezeTrainer, bar: ProgressBar, whose: str, key: str) -> None:

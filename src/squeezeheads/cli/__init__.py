@@ -59,6 +59,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         advice = how_to_install(error.name)
         print(f"squeezeheads {command}: the package {error.name!r} is missing. {advice}", file=sys.stderr)
         return 2
+    except Exception as error:
+        from squeezeheads.files import disk_trouble
+
+        trouble = disk_trouble(error)
+        if trouble is None:
+            raise
+        advice = (
+            " Make room and start the same command again: it goes on from what is whole." if command in GO_ON else ""
+        )
+        print(f"squeezeheads {command}: a file could not be written: {trouble}{advice}", file=sys.stderr)
+        return 2
 
 
 def hide_foreign_bars() -> None:

@@ -1,0 +1,319 @@
+"""What a recipe from a stranger, and what it names, cannot do: each sentence of docs/security.md."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from squeezeheads import SqueezeTrainer, TaskLoss
+from squeezeheads.cli import main
+from squeezeheads.errors import RecipeError
+from squeezeheads.preflight import check_output, training_arguments
+from squeezeheads.recipe import load_recipe
+from squeezeheads.run_folder import models_and_data
+from squeezeheads.tasks import ImageClassification, LanguageModeling, Pretrained
+from test_cli import SMALL
+from test_trainer import arguments, trainer
+from tiny import classifier, images, write_recipe
+
+
+@pytest.fixture
+def ran(tmp_path, monkeypatch):
+    """A file that a stranger's code would leave. `evil.py`, on the path and in the working folder, leaves it when it is
+    imported."""
+    mark = tmp_path / "code-was-run"
+    source = f"from pathlib import Path\nPath({str(mark)!r}).touch()\nclass Thing: pass\nmain = Thing\n"
+    (tmp_path / "evil.py").write_text(source)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    sys.modules.pop("evil", None)
+    yield mark
+    assert "evil" not in sys.modules
+    assert not mark.exists()
+
+
+class Evil:
+    """Leaves the mark when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    def write(**changes) -> str:
+        tree = json.loads(json.dumps({**SMALL, "output": str(tmp_path / "run")}))
+        return str(write_recipe(tmp_path / "recipe.yaml", tree, changes))
+
+    return write
+
+
+def refused(capsys, *arguments: str) -> str:
+    assert main(["distill", *arguments]) == 2
+    return capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- the file itself
+
+
+def test_the_mark_is_left_by_what_the_tests_plant(tmp_path):
+    """Or none of them could fail."""
+    mark = tmp_path / "mark"
+    torch.save(Evil(mark), tmp_path / "evil.pt")
+    with pytest.raises(Exception, match="[Ww]eights"):
+        torch.load(tmp_path / "evil.pt", weights_only=True)
+    assert not mark.exists()
+    torch.load(tmp_path / "evil.pt", weights_only=False)
+    assert mark.exists()
+
+
+def test_yaml_makes_no_objects(recipe, ran, capsys):
+    path = Path(recipe())
+    path.write_text(path.read_text() + f"extra: !!python/object/apply:pathlib.Path.touch [{str(ran)!r}]\n")
+    assert "no valid YAML" in refused(capsys, str(path))
+
+
+THING = {"class_path": "evil.Thing", "init_args": {}}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"objectives__task": THING},
+        {"objectives__task": "evil.Thing"},
+        {"task": THING},
+        {"training": THING},
+        {"student": "evil.Thing"},
+        {"student__config": THING},
+        {"student__config__hidden_act": "evil.Thing"},
+        {"teacher__training__arguments": THING},
+        {"training__arguments": {"optim": "evil.Thing"}},
+        {"training__arguments": {"lr_scheduler_kwargs": THING}},
+    ],
+    ids=str,
+)
+def test_a_recipe_imports_nothing(recipe, ran, capsys, changes):
+    refused(capsys, recipe(**changes))
+
+
+def test_text_is_taken_as_it_stands(recipe, monkeypatch):
+    monkeypatch.setenv("SECRET", "s3cret")
+    loaded = load_recipe(recipe(output="${oc.env:SECRET}/$SECRET/`id`"))
+    assert loaded.output == "${oc.env:SECRET}/$SECRET/`id`"
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        (
+            {"task": {"language_modeling": {"train": ["x"], "lm_eval_tasks": ["a"], "lm_eval_folder": "none"}}},
+            "lm_eval",
+        ),
+        ({"training__arguments": {"report_to": "wandb"}}, "training.arguments.report_to"),
+        (
+            {"teacher__training__arguments": {"report_to": ["tensorboard", "wandb"]}},
+            "teacher.training.arguments.report",
+        ),
+        ({"training__arguments": {"trackio_space_id": "them/theirs"}}, "trackio_space_id"),
+        ({"student__config": {"trust_remote_code": True}}, "student.config.trust_remote_code"),
+    ],
+    ids=str,
+)
+def test_what_the_command_line_alone_may_say_is_refused_in_a_file(recipe, changes, key):
+    with pytest.raises(RecipeError, match=f"{key}.* cannot stand in a file: .*"):
+        load_recipe(recipe(**changes))
+
+
+def test_the_command_line_may_say_it(recipe):
+    path = recipe(training__arguments={"report_to": "none"})
+    assert load_recipe(path, ["--training.arguments.report_to=wandb"]).training.arguments["report_to"] == "wandb"
+    texts = {"language_modeling": {"train": ["x"], "lm_eval_tasks": ["a"], "lm_eval_folder": "mine"}}
+    key = "--task.language_modeling.lm_eval_folder"
+    assert load_recipe(recipe(task=texts), [key, "other"]).chosen_task.lm_eval_folder == "other"
+    with pytest.raises(RecipeError, match=f"command line: {key} 'mine'"):
+        load_recipe(recipe(task=texts))
+
+
+def test_nothing_is_reported_unless_asked_for(recipe, tmp_path):
+    loaded = load_recipe(recipe())
+    assert training_arguments(loaded.training, "training", tmp_path, 0).report_to == []
+
+
+def test_no_command_takes_remote_code(recipe, ran, capsys):
+    assert "trust_remote_code" in refused(capsys, recipe(), "--trust_remote_code", "true")
+
+
+# ------------------------------------------------------------------------------------------------- models and data
+
+
+def with_code_of_its_own(folder: Path) -> Path:
+    """A model that asks for code that lies beside it, as remote code does; and so does its image processor."""
+    classifier(6).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "evil", "architectures": ["Thing"]}
+    config["auto_map"] = {name: "evil.Thing" for name in ("AutoConfig", "AutoModelForImageClassification")}
+    (folder / "config.json").write_text(json.dumps(config))
+    processor = {"image_processor_type": "Thing", "auto_map": {"AutoImageProcessor": "evil.Thing"}}
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    shutil.copy("evil.py", folder / "evil.py")
+    return folder
+
+
+@pytest.mark.parametrize("whose", ["teacher", "student"])
+def test_a_models_own_code_is_not_run(recipe, ran, capsys, tmp_path, whose):
+    folder = with_code_of_its_own(tmp_path / "model")
+    message = refused(capsys, recipe(**{whose: {"path": str(folder)}}))
+    assert f"{whose}.path" in message and "cannot be loaded" in message
+
+
+def test_an_image_processors_own_code_is_not_run(recipe, ran, capsys, tmp_path):
+    folder = with_code_of_its_own(tmp_path / "model")
+    processor = (folder / "preprocessor_config.json").read_text()
+    classifier(6).save_pretrained(folder)
+    (folder / "preprocessor_config.json").write_text(processor)
+    refused(capsys, recipe(teacher={"path": str(folder)}))
+
+
+def test_a_tokenizers_own_code_is_not_run(ran, tmp_path):
+    folder = tmp_path / "tokens"
+    folder.mkdir()
+    own = {"tokenizer_class": "Thing", "auto_map": {"AutoTokenizer": ["evil.Thing", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(own))
+    shutil.copy("evil.py", folder / "evil.py")
+    (tmp_path / "a.txt").write_text("some words " * 200)
+    with pytest.raises(RecipeError, match="tokenizer"):
+        LanguageModeling(train=["a.txt"], tokenizer=str(folder)).load_data(Pretrained({}, None, None))
+
+
+def test_pickled_weights_are_not_opened(recipe, ran, capsys, tmp_path):
+    classifier(6, patch_size=4).save_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").unlink()
+    torch.save({"weights": Evil(ran)}, tmp_path / "model" / "pytorch_model.bin")
+    assert "safetensors" in refused(capsys, recipe(teacher={"path": str(tmp_path / "model")}))
+
+
+@pytest.mark.parametrize("file", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin"])
+def test_what_is_pickled_in_a_checkpoint_runs_nothing(tmp_path, ran, file):
+    """A folder of a run from a stranger. Trainer writes the last of these and nobody reads it."""
+    saving = {"save_strategy": "steps", "save_steps": 2, "max_steps": 4}
+    trainer(tmp_path / "run", **saving).train()
+    shutil.rmtree(tmp_path / "run" / "checkpoint-4")
+    torch.save(Evil(ran), tmp_path / "run" / "checkpoint-2" / file)
+    if file == "training_args.bin":
+        trainer(tmp_path / "run", **saving).train(resume_from_checkpoint=True)
+    else:
+        with pytest.raises(Exception, match="[Ww]eights"):
+            trainer(tmp_path / "run", **saving).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("kernel", ["evil/kernel", "kernels-community/flash-attn"])
+@pytest.mark.parametrize("key", ["attn_implementation", "config__attn_implementation", "config___attn_implementation"])
+def test_no_kernel_is_fetched(recipe, ran, monkeypatch, capsys, kernel, key):
+    """transformers takes a name of the hub for a kernel, and runs what lies there."""
+    from transformers.integrations import hub_kernels
+
+    for name in ("load_and_register_attn_kernel", "get_kernel", "lazy_load_kernel"):
+        monkeypatch.setattr(hub_kernels, name, lambda *a, **k: pytest.fail("a kernel was fetched"), raising=False)
+    path = recipe(**{f"student__{key}": kernel})
+    if key == "attn_implementation":
+        assert "attn_implementation" in refused(capsys, path)
+    else:
+        assert main(["distill", path, "--seeds", "[0]"]) == 0  # what attention runs on is not the configuration's
+
+
+@pytest.mark.parametrize("name", ["evil", "hub:evil"])
+def test_a_data_sets_script_is_not_run(ran, tmp_path, name):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "evil.py").write_text((tmp_path / "evil.py").read_text())
+    with pytest.raises(RecipeError, match="evil"):
+        if name == "evil":
+            ImageClassification(data="evil").load_data(Pretrained({}, None, None))
+        else:
+            LanguageModeling(train=[name]).load_data(Pretrained({}, None, None))
+
+
+def test_a_script_among_images_is_not_run(recipe, ran, tmp_path):
+    for split in ("train", "test"):
+        for label in "ab":
+            (tmp_path / "pictures" / split / label).mkdir(parents=True)
+            for i in range(8):
+                Image.new("L", (8, 8), 20 * i).save(tmp_path / "pictures" / split / label / f"{i}.png")
+    for name in ("pictures.py", "evil.py", "__init__.py"):
+        shutil.copy("evil.py", tmp_path / "pictures" / name)
+    loaded = load_recipe(recipe(task={"image_classification": {"data": str(tmp_path / "pictures")}}))
+    assert len(models_and_data(loaded, console())[1].test) == 16
+
+
+def console():
+    from rich.console import Console
+
+    return Console(file=open(os.devnull, "w"))
+
+
+# ----------------------------------------------------------------------------------------------------------- files
+
+
+def test_names_stay_below_output(recipe, tmp_path):
+    loaded = load_recipe(recipe(baselines={"../../outside": {"task": {}}, "/etc/x": {"task": {}}}))
+    from squeezeheads.recipe import folder_name
+
+    assert [folder_name(name) for name in loaded.arms] == ["------outside", "-etc-x", "distilled"]
+    with pytest.raises(RecipeError, match="letters, digits"):
+        load_recipe(recipe(teacher=None, teachers={"../x": SMALL["teacher"]}))
+
+
+def test_a_folder_that_is_no_run_is_left_alone(recipe, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    assert "is no run of squeezeheads" in refused(capsys, recipe())
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+@pytest.mark.parametrize("link", ["work", "student", "work/students/distilled", "student/model.safetensors"])
+def test_links_inside_a_run_are_refused(recipe, tmp_path, link):
+    """What lies behind would be written to, or deleted with `work`."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "model.safetensors").write_text("weights")
+    place = tmp_path / "run" / link
+    place.parent.mkdir(parents=True, exist_ok=True)
+    loaded = load_recipe(recipe())
+    from squeezeheads.files import store_json
+    from squeezeheads.recipe import dump_recipe
+
+    store_json(tmp_path / "run" / "recipe.json", dump_recipe(loaded))
+    check_output(tmp_path / "run", loaded)
+    place.symlink_to(tmp_path / "mine" / ("model.safetensors" if place.suffix else ""))
+    with pytest.raises(RecipeError, match="is a symbolic link to .*let output itself be the link"):
+        check_output(tmp_path / "run", loaded)
+
+
+def test_output_itself_may_be_a_link(recipe, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run").symlink_to(tmp_path / "elsewhere")
+    check_output(tmp_path / "run", load_recipe(recipe()))
+
+
+def test_checkpoints_behind_links_are_not_deleted(tmp_path):
+    """Of a trainer in a script, which takes any folder."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "weights").write_text("")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-1").symlink_to(tmp_path / "mine")
+    saving = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 1}
+    SqueezeTrainer(
+        model=classifier(3), args=arguments(run, **saving), objectives={"task": TaskLoss()}, train_dataset=images(16)
+    ).train()
+    assert [p.name for p in sorted(run.glob("checkpoint-*"))] == ["checkpoint-1", "checkpoint-4"]
+    assert (tmp_path / "mine" / "weights").exists()
