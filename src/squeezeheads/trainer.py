@@ -59,8 +59,8 @@ class SqueezeTrainer(Trainer):
     it, in ``projectors.safetensors``; the saved student is without them.
 
     In several processes each sees its share of a batch, and the loss is that of one process on the whole of it; samples
-    that accelerate fills a last batch up with count nothing. Under FSDP2 teachers are sharded as the student is, frozen,
-    and the models are checked once training has sharded them; ``save_model`` writes the plain student.
+    that accelerate fills a last batch up with count nothing. Under FSDP2 teachers are frozen and sharded as the student
+    is, and the models are checked once training has sharded them; ``save_model`` writes the plain student.
 
     Args:
         model: the student.

@@ -1,0 +1,155 @@
+"""One training that may run in one process or in several: what ``test_distributed.py`` compares. As a script (under
+torchrun) it runs the cases that it is told, one after the other, and writes what each process saw."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainingArguments
+
+from squeezeheads import HiddenStates, LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
+from tiny import language_model, token_batch
+
+SAMPLES = 22
+"""In rounds of 8, the last one of 6: 4 for the first of two processes, 2 for the second. In rounds of 4, the last one
+of 2: none for the second."""
+
+CASES: dict[str, dict[str, Any]] = {
+    "plain": {"size": 8, "save_steps": 4},
+    "accumulated": {"size": 4, "gradient_accumulation_steps": 2},
+}
+
+
+def samples(count: int = SAMPLES) -> list[dict[str, Tensor]]:
+    batch = token_batch([2 + i * i % 11 for i in range(count)], total=12)
+    return [{k: v[i] for k, v in batch.items()} for i in range(count)]
+
+
+def objectives() -> dict[str, Any]:
+    return {
+        "task": TaskLoss(0.5),
+        "logits": LogitKD(0.5, temperature=2.0),
+        "attention": SqueezedHeads(schedule="progressive", decay="linear"),
+        "features": HiddenStates(0.1),
+    }
+
+
+class Gradients(TrainerCallback):
+    """Those of the first and third steps, whole, as the optimizer takes them."""
+
+    def __init__(self) -> None:
+        self.seen: dict[str, Tensor] = {}
+        self.trainer: SqueezeTrainer | None = None
+
+    def on_pre_optimizer_step(self, args, state, control, model, **_):
+        if state.global_step not in (0, 2):
+            return
+        for name, p in named(self.trainer):
+            grad = p.grad
+            self.seen[f"{state.global_step}/{name}"] = whole(grad).clone()
+
+
+def named(trainer: SqueezeTrainer) -> list[tuple[str, nn.Parameter]]:
+    """Parameters of the student and of projectors."""
+    student = trainer.accelerator.unwrap_model(trainer.model)
+    found = list(student.named_parameters())
+    for name, projector in trainer._projectors().items():
+        found += [(f"projector {name}.{k}", p) for k, p in projector.named_parameters()]
+    return found
+
+
+def whole(tensor: Any) -> Tensor:
+    tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return tensor.detach().contiguous()
+
+
+def make(folder: Path, size: int, processes: int = 1, mode: str = "one", changes=None, **options) -> SqueezeTrainer:
+    """A trainer of global batches of ``size``."""
+    gradients = Gradients()
+    arguments: dict[str, Any] = {
+        "output_dir": str(folder),
+        "max_steps": 7,
+        "per_device_train_batch_size": size // processes,
+        "learning_rate": 1e-3,
+        "logging_steps": 1,
+        "save_strategy": "steps" if "save_steps" in options else "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "data_seed": 3,
+    }
+    if mode == "fsdp2":
+        arguments |= {"fsdp": True, "fsdp_config": {"version": 2}}
+    # Ranks start from other random numbers, as on machines of their own: what is made here must not depend on them.
+    settings = dict(changes or {})
+    run = SqueezeTrainer(
+        model=settings.pop("model", None) or language_model(3),
+        teacher=settings.pop("teacher", None) or language_model(6, layers=4, width=36, seed=1),
+        objectives=settings.pop("objectives", None) or objectives(),
+        args=TrainingArguments(**{**arguments, **options}),
+        train_dataset=settings.pop("data", None) or samples(),
+        callbacks=[gradients],
+        **settings,
+    )
+    gradients.trainer = run
+    run.gradients = gradients
+    return run
+
+
+def logged(run: SqueezeTrainer) -> list[dict[str, float]]:
+    names = ("loss", "grad_norm", *run.distillation.objectives)
+    return [{name: entry[name] for name in names} for entry in run.state.log_history if "loss" in entry]
+
+
+def start_anew(mode: str) -> None:
+    """accelerate keeps its state for the life of a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if mode == "fsdp2":
+        # accelerate (1.15) shards on accelerators alone; torch does so with gloo too. So these tests name the CPU one.
+        state = PartialState(cpu=True)
+        state.distributed_type = DistributedType.MULTI_GPU
+
+
+def run_case(name: str, folder: Path, mode: str, processes: int, resume: bool = False) -> SqueezeTrainer:
+    start_anew(mode)
+    run = make(folder / name, mode=mode, processes=processes, **CASES[name])
+    if resume:
+        torch.manual_seed(99)  # projectors are made anew, and have to come from the checkpoint
+    run.train(resume_from_checkpoint=str(folder / name / "checkpoint-4") if resume else None)
+    return run
+
+
+def report(run: SqueezeTrainer, folder: Path) -> None:
+    rank = run.args.process_index
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {name: whole(p) for name, p in named(run)}
+    save_file(weights, folder / f"weights-{rank}.safetensors")
+    save_file(run.gradients.seen, folder / f"gradients-{rank}.safetensors")
+    (folder / f"losses-{rank}.json").write_text(json.dumps(logged(run)))
+
+
+def main(mode: str, folder: Path, processes: int) -> None:
+    torch.set_num_threads(1)
+    for name in CASES:
+        run = run_case(name, folder / "runs", mode, processes)
+        report(run, folder / name)
+        run.save_model(str(folder / name / "student"))
+        if mode == "fsdp2":
+            shards = [p for t in (run.model, *run.distillation.teachers.values()) for p in t.parameters()]
+            assert all(hasattr(p, "full_tensor") for p in shards), "student and teacher are in shards"
+    report(run_case("plain", folder / "runs", mode, processes, resume=True), folder / "resumed")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
