@@ -90,13 +90,16 @@ def make(folder: Path, size: int, processes: int = 1, mode: str = "one", changes
     }
     if mode == "fsdp2":
         arguments |= {"fsdp": True, "fsdp_config": {"version": 2}}
-    # Ranks start from other random numbers, as on machines of their own: what is made here must not depend on them.
     settings = dict(changes or {})
+    args = TrainingArguments(**{**arguments, **options})
+    if mode == "fsdp2" and args.device.type == "cpu":
+        # accelerate (1.15) shards on accelerators alone; torch does so with gloo too. So these tests name the CPU one.
+        PartialState().distributed_type = DistributedType.MULTI_GPU
     run = SqueezeTrainer(
-        model=settings.pop("model", None) or language_model(3),
-        teacher=settings.pop("teacher", None) or language_model(6, layers=4, width=36, seed=1),
+        model=settings.pop("model", None) or language_model(3, initializer_range=0.3),
+        teacher=settings.pop("teacher", None) or language_model(6, layers=4, width=36, seed=1, initializer_range=0.3),
         objectives=settings.pop("objectives", None) or objectives(),
-        args=TrainingArguments(**{**arguments, **options}),
+        args=args,
         train_dataset=settings.pop("data", None) or samples(),
         callbacks=[gradients],
         **settings,
@@ -111,18 +114,14 @@ def logged(run: SqueezeTrainer) -> list[dict[str, float]]:
     return [{name: entry[name] for name in names} for entry in run.state.log_history if "loss" in entry]
 
 
-def start_anew(mode: str) -> None:
+def start_anew() -> None:
     """accelerate keeps its state for the life of a process."""
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
-    if mode == "fsdp2":
-        # accelerate (1.15) shards on accelerators alone; torch does so with gloo too. So these tests name the CPU one.
-        state = PartialState(cpu=True)
-        state.distributed_type = DistributedType.MULTI_GPU
 
 
 def run_case(name: str, folder: Path, mode: str, processes: int, resume: bool = False) -> SqueezeTrainer:
-    start_anew(mode)
+    start_anew()
     run = make(folder / name, mode=mode, processes=processes, **CASES[name])
     if resume:
         torch.manual_seed(99)  # projectors are made anew, and have to come from the checkpoint
