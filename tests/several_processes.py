@@ -14,7 +14,7 @@ from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, TrainerCallback, TrainingArguments, set_seed
 
 from squeezeheads import HiddenStates, LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
 from tiny import language_model, token_batch
@@ -23,10 +23,21 @@ SAMPLES = 22
 """In rounds of 8, the last one of 6: 4 for the first of two processes, 2 for the second. In rounds of 4, the last one
 of 2: none for the second."""
 
+STUDENT = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"size": 8, "save_steps": 4},
     "accumulated": {"size": 4, "gradient_accumulation_steps": 2},
+    # Layers named for the student, which the teacher has not, and an output projection of another kind.
+    "other": {"size": 8, "max_steps": 3, "fsdp_config": STUDENT},
+    "in shards": {"size": 8, "save_steps": 4, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
+    "mixed precision": {"size": 8, "max_steps": 3, "bf16": True},
+    "checkpointed": {"size": 8, "max_steps": 3, "gradient_checkpointing": True},
 }
+
+
+def gpt2() -> GPT2LMHeadModel:
+    set_seed(2)
+    return GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=36, n_layer=2, n_head=6, initializer_range=0.3))
 
 
 def samples(count: int = SAMPLES) -> list[dict[str, Tensor]]:
@@ -89,7 +100,8 @@ def make(folder: Path, size: int, processes: int = 1, mode: str = "one", changes
         "data_seed": 3,
     }
     if mode == "fsdp2":
-        arguments |= {"fsdp": True, "fsdp_config": {"version": 2}}
+        arguments |= {"fsdp": True, "fsdp_config": {"version": 2, **options.pop("fsdp_config", {})}}
+    options.pop("fsdp_config", None)
     settings = dict(changes or {})
     args = TrainingArguments(**{**arguments, **options})
     if mode == "fsdp2" and args.device.type == "cpu":
@@ -122,9 +134,10 @@ def start_anew() -> None:
 
 def run_case(name: str, folder: Path, mode: str, processes: int, resume: bool = False) -> SqueezeTrainer:
     start_anew()
-    run = make(folder / name, mode=mode, processes=processes, **CASES[name])
-    if resume:
-        torch.manual_seed(99)  # projectors are made anew, and have to come from the checkpoint
+    changes = {"teacher": gpt2()} if name == "other" else {}
+    run = make(folder / name, mode=mode, processes=processes, changes=changes, **CASES[name])
+    # Projectors are drawn from these: they must be those of the first process, or of the checkpoint.
+    torch.manual_seed(5 + run.args.process_index + 10 * resume)
     run.train(resume_from_checkpoint=str(folder / name / "checkpoint-4") if resume else None)
     return run
 
@@ -132,23 +145,42 @@ def run_case(name: str, folder: Path, mode: str, processes: int, resume: bool = 
 def report(run: SqueezeTrainer, folder: Path) -> None:
     rank = run.args.process_index
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: whole(p) for name, p in named(run)}
-    save_file(weights, folder / f"weights-{rank}.safetensors")
+    save_file({name: whole(p) for name, p in named(run)}, folder / f"weights-{rank}.safetensors")
     save_file(run.gradients.seen, folder / f"gradients-{rank}.safetensors")
-    (folder / f"losses-{rank}.json").write_text(json.dumps(logged(run)))
+    kept = {"losses": logged(run), "sharded": sorted(sharded(run))}
+    (folder / f"report-{rank}.json").write_text(json.dumps(kept))
 
 
-def main(mode: str, folder: Path, processes: int) -> None:
-    torch.set_num_threads(1)
-    for name in CASES:
+def sharded(run: SqueezeTrainer) -> set[str]:
+    """The models all of whose weights lie in shards."""
+    models = {"student": run.model, **run.distillation.teachers}
+    return {name for name, m in models.items() if all(hasattr(p, "full_tensor") for p in m.parameters())}
+
+
+def refused(folder: Path, mode: str, processes: int) -> str:
+    """What a training is told in which the head of the student learns nothing."""
+    start_anew()
+    attention = {"attention": SqueezedHeads(schedule="progressive")}
+    try:
+        make(folder, 8, processes, mode, changes={"objectives": attention}).train()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def carry_out(names: list[str], folder: Path, mode: str = "one", processes: int = 1) -> None:
+    for name in names:
         run = run_case(name, folder / "runs", mode, processes)
         report(run, folder / name)
         run.save_model(str(folder / name / "student"))
-        if mode == "fsdp2":
-            shards = [p for t in (run.model, *run.distillation.teachers.values()) for p in t.parameters()]
-            assert all(hasattr(p, "full_tensor") for p in shards), "student and teacher are in shards"
-    report(run_case("plain", folder / "runs", mode, processes, resume=True), folder / "resumed")
+        if "save_steps" in CASES[name]:
+            again = run_case(name, folder / "runs", mode, processes, resume=True)
+            report(again, folder / f"{name}, resumed")
+    if mode != "one":
+        told = refused(folder / "refused", mode, processes)
+        (folder / f"refused-{PartialState().process_index}.txt").write_text(told)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    torch.set_num_threads(1)
+    carry_out(sys.argv[4:], Path(sys.argv[2]), sys.argv[1], int(sys.argv[3]))

@@ -4,18 +4,15 @@ once, and a word where a way of distributing cannot work."""
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.data_loader import BatchSamplerShard, SkipBatchSampler
-from accelerate.utils import find_batch_size
+from accelerate.utils import DistributedType, find_batch_size
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves
 from transformers import TrainingArguments
-
-from squeezeheads.objectives import Objective
 
 COPIES = "only_copies"
 """Key of a batch all samples of which were seen elsewhere: it is run, for the other processes wait for it, and counts
@@ -47,30 +44,18 @@ def check_distribution(args: TrainingArguments, accelerator: Accelerator) -> Non
         )
 
 
-def check_deepspeed(objectives: Mapping[str, Objective], teachers: Mapping[str, nn.Module]) -> None:
-    """What DeepSpeed cannot do here.
+def place_teacher(accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
+    """A teacher where it is run: on the device, under FSDP2 in shards like the student. There it is frozen for good.
 
     Raises:
-        ValueError: projectors, which its engine would not keep the same in all processes; teachers that
-            ``from_pretrained`` has already split up, which no engine puts together again.
+        ValueError: one that DeepSpeed has taken apart.
     """
-    trained = [name for name, objective in objectives.items() if objective.projector is not None]
-    if trained:
+    if any(hasattr(p, "ds_id") for p in teacher.parameters()):
         raise ValueError(
-            f"{', '.join(trained)} train a projector beside the student, which DeepSpeed's engine does not reduce: use "
-            "DDP or FSDP2 (fsdp_config version 2), or leave them out."
+            f"the teacher ({type(teacher).__name__}) was loaded in pieces: under ZeRO-3 from_pretrained splits every "
+            "model that is loaded after TrainingArguments were made, and the student's alone are put together again. "
+            "Load the teacher before them."
         )
-    for name, teacher in teachers.items():
-        if any(hasattr(p, "ds_id") for p in teacher.parameters()):
-            raise ValueError(
-                f"teacher {name!r} was loaded in pieces: under ZeRO-3 from_pretrained splits every model that is "
-                "loaded after TrainingArguments were made, and only the student's are put together again. Load the "
-                "teacher before them."
-            )
-
-
-def place_teacher(accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
-    """A teacher where it is run: on the device, under FSDP2 in shards like the student. There it is frozen for good."""
     if not accelerator.state.is_fsdp2:
         return accelerator.prepare_model(teacher, evaluation_mode=True)
     from accelerate.utils import fsdp2_prepare_model
@@ -89,9 +74,18 @@ def place_teacher(accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
         accelerator.state.fsdp_plugin = own
 
 
-def place_projector(accelerator: Accelerator, projector: nn.Module) -> nn.Module:
+def place_projector(accelerator: Accelerator, projector: nn.Module, objective: str) -> nn.Module:
     """A projector where it is trained, the first process's in all. Under FSDP2 too each process has it whole: it is
-    small, and no part of the student."""
+    small, and no part of the student.
+
+    Raises:
+        ValueError: under DeepSpeed, whose engine would leave the processes with different ones.
+    """
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            f"{objective!r} trains a projector beside the student, whose gradients DeepSpeed's engine does not reduce: "
+            "use DDP or FSDP2 (fsdp_config version 2), or leave it out."
+        )
     if accelerator.state.is_fsdp2:
         return DistributedDataParallel(projector.to(accelerator.device))
     return accelerator.prepare_model(projector)

@@ -23,7 +23,6 @@ from squeezeheads.objectives import Objective
 from squeezeheads.plan_file import share_plans, take_up_plans
 from squeezeheads.processes import (
     COPIES,
-    check_deepspeed,
     check_distribution,
     check_reached,
     own_samples,
@@ -113,11 +112,10 @@ class SqueezeTrainer(Trainer):
         check_distribution(self.args, self.accelerator)
         if targets is None:
             targets = next_token_targets if self._loss_shifts_labels else labelled_targets
-        teachers = named_teachers(teacher)
-        if self.is_deepspeed_enabled:
-            check_deepspeed(objectives, teachers)
+        # Whether the student can be run only when Trainer has prepared it for training.
+        self._runs_late = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.distillation = Distillation(
-            {name: place_teacher(self.accelerator, model) for name, model in teachers.items()},
+            {name: place_teacher(self.accelerator, model) for name, model in named_teachers(teacher).items()},
             objectives,
             rows=rows,
             targets=targets,
@@ -144,7 +142,7 @@ class SqueezeTrainer(Trainer):
                 raise ValueError(f"resume_from_checkpoint=True, but {folder} holds no whole checkpoint.")
             resume_from_checkpoint = str(found)
         self._resuming = bool(resume_from_checkpoint)
-        if not self.is_fsdp_enabled:
+        if not self._runs_late:
             self.prepare(resume=self._resuming)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
@@ -163,23 +161,24 @@ class SqueezeTrainer(Trainer):
                     self.model.to(self.args.device)  # Trainer leaves it where it is, for it to be sharded
                 self.distillation.prepare(self.model, self._calibration_batches())
                 share_plans(planned, self.args.output_dir, self.args.should_save)
-        for objective in self.distillation.objectives.values():
+        for name, objective in self.distillation.objectives.items():
             if objective.projector is not None:
-                objective.projector = place_projector(self.accelerator, objective.projector)
+                objective.projector = place_projector(self.accelerator, objective.projector, name)
         self._projectors_placed = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As ``Trainer.create_optimizer``, and a group for the projectors of objectives."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
-        if not self.is_fsdp_enabled:
+        if not self._runs_late:
             self._add_projectors(optimizer, given)
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
-        """As ``Trainer.create_scheduler``. Under FSDP the models are checked here and the projectors made: Trainer has
-        sharded the student and its optimizer by now, and accelerate (1.15) shards no optimizer that holds more."""
-        if self.is_fsdp_enabled:
+        """As ``Trainer.create_scheduler``. Under FSDP and DeepSpeed the models are checked here and the projectors
+        made: Trainer has sharded the student and its optimizer by now, and accelerate (1.15) shards no optimizer that
+        holds more."""
+        if self._runs_late:
             self.prepare(resume=self._resuming)
             self._add_projectors(self.optimizer if optimizer is None else optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
