@@ -19,8 +19,12 @@ from torch.utils.data import BatchSampler, SequentialSampler
 from transformers import AutoModelForCausalLM
 
 from several_processes import SAMPLES, carry_out
+from squeezeheads import plan_file
+from squeezeheads.plan_file import take_up_plans
 from squeezeheads.processes import COPIES, check_distribution, own_samples, place_projector, place_teacher
 from squeezeheads.recording import read_output_weight
+from test_trainer import objectives as attention
+from test_trainer import trainer
 
 QUICK, SLOW = ["plain", "accumulated", "other"], ["in shards", "mixed precision", "checkpointed"]
 WAYS = ["ddp", "fsdp2"]
@@ -36,23 +40,29 @@ def two_processes(way: str, names: list[str], folder: Path) -> Path:
     return folder
 
 
+class Trained:
+    """Folders of what was trained in one process ("one") and by each way of distributing, on first use."""
+
+    def __init__(self, names: list[str], folder: Path) -> None:
+        self.names, self.folder = names, folder
+
+    def __truediv__(self, way: str) -> Path:
+        if not (self.folder / way).exists():
+            if way == "one":
+                carry_out(self.names, self.folder / way)
+            else:
+                two_processes(way, self.names, self.folder / way)
+        return self.folder / way
+
+
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """A folder for one process and for each way of distributing."""
-    folder = tmp_path_factory.mktemp("quick")
-    carry_out(QUICK, folder / "one")
-    for way in WAYS:
-        two_processes(way, QUICK, folder / way)
-    return folder
+    return Trained(QUICK, tmp_path_factory.mktemp("quick"))
 
 
 @pytest.fixture(scope="module")
 def slow(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("slow")
-    carry_out(SLOW, folder / "one")
-    for way in WAYS:
-        two_processes(way, SLOW, folder / way)
-    return folder
+    return Trained(SLOW, tmp_path_factory.mktemp("slow"))
 
 
 def report(folder: Path, rank: int = 0) -> dict:
@@ -97,15 +107,17 @@ def test_what_is_compared_depends_on_each_term(quick):
 def test_resumed_run_goes_on_as_it_would_have(quick, way):
     """Projectors, their optimiser's state and the schedule among it."""
     whole, again = quick / way / "plain", quick / way / "plain, resumed"
-    assert report(again)["losses"] == pytest.approx(report(whole)["losses"], rel=1e-6) or _close(whole, again)
+    assert_same_losses(whole, again)
     expected, found = (load_file(f / "weights-0.safetensors") for f in (whole, again))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-7, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def _close(whole: Path, again: Path) -> bool:
-    pairs = list(zip(report(whole)["losses"], report(again)["losses"], strict=True))
-    return all(a == pytest.approx(b, rel=1e-6) for a, b in pairs)
+def assert_same_losses(whole: Path, again: Path) -> None:
+    expected, found = report(whole)["losses"], report(again)["losses"]
+    assert len(expected) == len(found) == 7
+    for a, b in zip(expected, found, strict=True):
+        assert b == pytest.approx(a, rel=1e-6)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -144,7 +156,7 @@ def test_two_processes_train_as_one_under_other_options(slow, way, case):
 @pytest.mark.slow
 def test_state_in_shards_resumes_and_the_student_is_still_plain(slow):
     whole, again = slow / "fsdp2" / "in shards", slow / "fsdp2" / "in shards, resumed"
-    assert _close(whole, again)
+    assert_same_losses(whole, again)
     checkpoint = slow / "fsdp2" / "runs" / "in shards" / "checkpoint-4"
     assert (checkpoint / "optimizer_0").is_dir() and not (checkpoint / "model.safetensors").exists()
     opened = AutoModelForCausalLM.from_pretrained(whole / "student")
@@ -216,8 +228,11 @@ def told(**changes) -> str:
     return str(error.value)
 
 
-def test_what_cannot_work_is_refused():
+def test_what_cannot_work_is_refused(monkeypatch):
     assert "would be ignored" in told(asked={"fsdp_version": 2})
+    with monkeypatch.context() as patch:
+        patch.setenv("ACCELERATE_USE_FSDP", "true")  # as accelerate launch asks
+        assert "would be ignored" in told()
     assert "Use version 2" in told(plugin=SimpleNamespace(fsdp_version=1))
     assert "even_batches=False" in told(even_batches=False)
     with pytest.raises(pytest.fail.Exception):
@@ -253,8 +268,6 @@ def test_a_sharded_projection_is_gathered_once_and_read_whole():
 
 def test_all_have_written_before_a_checkpoint_counts_as_whole(tmp_path, monkeypatch):
     """The first process writes the state, which marks it as whole, after all have met."""
-    from test_trainer import trainer
-
     run = trainer(tmp_path, save_strategy="steps", save_steps=4)
     met = []
 
@@ -265,3 +278,23 @@ def test_all_have_written_before_a_checkpoint_counts_as_whole(tmp_path, monkeypa
     monkeypatch.setattr(run.accelerator, "wait_for_everyone", meet)
     run.train()
     assert ["rng_state.pth"] in met
+
+
+def test_the_first_process_reads_the_plan_for_all(tmp_path, monkeypatch):
+    """On another machine the file may be missing."""
+    run = trainer(tmp_path)
+    run.prepare()
+    plan = run.distillation.objectives["attention"].plan_to_json()
+    sent = []
+    monkeypatch.setattr(plan_file, "broadcast_object_list", lambda box: sent.append(box[0]))
+    assert take_up_plans({"attention": attention()["attention"]}, str(tmp_path))
+
+    def receive(box):
+        assert box == [None], "a file that this process alone sees is not looked at"
+        box[0] = sent[0]
+
+    monkeypatch.setattr(plan_file, "broadcast_object_list", receive)
+    monkeypatch.setattr(plan_file, "PartialState", lambda: SimpleNamespace(is_main_process=False))
+    for folder in (tmp_path / "elsewhere", tmp_path):
+        other = attention()["attention"]
+        assert take_up_plans({"attention": other}, str(folder)) and other.plan_to_json() == plan

@@ -4,6 +4,7 @@ once, and a word where a way of distributing cannot work."""
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 from accelerate import Accelerator
@@ -26,9 +27,10 @@ def check_distribution(args: TrainingArguments, accelerator: Accelerator) -> Non
         ValueError: it cannot; says why and what to do instead.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is None and getattr(args, "fsdp_plugin_args", None) is not None:
+    asked = args.fsdp_plugin_args is not None or os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1")
+    if plugin is None and asked:
         raise ValueError(
-            f"fsdp={args.fsdp} would be ignored: accelerate shards models on accelerators alone, and this runs on "
+            "FSDP is asked for and would be ignored: accelerate shards models on accelerators alone, and this runs on "
             f"{args.device}. Leave fsdp out: the processes then keep whole models (DDP)."
         )
     if plugin is not None and plugin.fsdp_version != 2:
