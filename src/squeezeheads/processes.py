@@ -71,12 +71,12 @@ def place_teacher(accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
     teacher.requires_grad_(False)  # accelerate would raise trainable weights to float32
     accelerator.state.fsdp_plugin = theirs
     try:
-        teacher = fsdp2_prepare_model(accelerator, teacher)
+        sharded: Any = fsdp2_prepare_model(accelerator, teacher)
     finally:
         accelerator.state.fsdp_plugin = own
     # Some parts are left whole after a forward pass, for the backward pass to come: to a teacher none comes.
-    teacher.set_reshard_after_forward(True)
-    return teacher
+    sharded.set_reshard_after_forward(True)
+    return sharded
 
 
 def place_projector(accelerator: Accelerator, projector: nn.Module, objective: str) -> nn.Module:
