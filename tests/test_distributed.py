@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -30,14 +32,19 @@ QUICK, SLOW = ["plain", "accumulated", "other"], ["in shards", "mixed precision"
 WAYS = ["ddp", "fsdp2"]
 
 
-def two_processes(way: str, names: list[str], folder: Path) -> Path:
-    script = Path(__file__).parent / "several_processes.py"
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def run(command: list[str], folder: Path | None = None) -> str:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [*launch, str(script), way, str(folder), "2", *names]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
-    return folder
+    return done.stdout
+
+
+def two_processes(way: str, names: list[str], folder: Path) -> None:
+    script = Path(__file__).parent / "several_processes.py"
+    run([*LAUNCH, str(script), way, str(folder), "2", *names])
 
 
 class Trained:
@@ -164,6 +171,20 @@ def test_state_in_shards_resumes_and_the_student_is_still_plain(slow):
     assert all(torch.equal(value, weights[name]) for name, value in opened.named_parameters())
 
 
+@pytest.mark.slow
+def test_the_guides_script_runs_as_printed(tmp_path):
+    guide = (Path(__file__).parent.parent / "docs" / "distributed.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    assert "train.py --cpu" in guide
+    (tmp_path / "train.py").write_text(script)
+    first = run([*LAUNCH, "train.py", "--cpu"], tmp_path)
+    shutil.rmtree(tmp_path / "runs" / "distributed" / "checkpoint-6")
+    again = run([*LAUNCH, "train.py", "--cpu", "--resume"], tmp_path)
+    steps = [re.findall(r"'attention': '([^']+)'", text) for text in (first, again)]
+    assert len(steps[0]) == 6 and steps[1] == steps[0][3:]
+    AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "distributed" / "student")
+
+
 # -- without processes -----------------------------------------------------------------------------------------------
 
 
@@ -268,23 +289,23 @@ def test_a_sharded_projection_is_gathered_once_and_read_whole():
 
 def test_all_have_written_before_a_checkpoint_counts_as_whole(tmp_path, monkeypatch):
     """The first process writes the state, which marks it as whole, after all have met."""
-    run = trainer(tmp_path, save_strategy="steps", save_steps=4)
+    made = trainer(tmp_path, save_strategy="steps", save_steps=4)
     met = []
 
     def meet():
         folder = tmp_path / "checkpoint-4"
         met.append(sorted(p.name for p in folder.iterdir() if p.name in ("rng_state.pth", "trainer_state.json")))
 
-    monkeypatch.setattr(run.accelerator, "wait_for_everyone", meet)
-    run.train()
+    monkeypatch.setattr(made.accelerator, "wait_for_everyone", meet)
+    made.train()
     assert ["rng_state.pth"] in met
 
 
 def test_the_first_process_reads_the_plan_for_all(tmp_path, monkeypatch):
     """On another machine the file may be missing."""
-    run = trainer(tmp_path)
-    run.prepare()
-    plan = run.distillation.objectives["attention"].plan_to_json()
+    made = trainer(tmp_path)
+    made.prepare()
+    plan = made.distillation.objectives["attention"].plan_to_json()
     sent = []
     monkeypatch.setattr(plan_file, "broadcast_object_list", lambda box: sent.append(box[0]))
     assert take_up_plans({"attention": attention()["attention"]}, str(tmp_path))
