@@ -138,6 +138,8 @@ def run_case(name: str, folder: Path, mode: str, processes: int, resume: bool = 
     run = make(folder / name, mode=mode, processes=processes, changes=changes, **CASES[name])
     # Projectors are drawn from these: they must be those of the first process, or of the checkpoint.
     torch.manual_seed(5 + run.args.process_index + 10 * resume)
+    if name == "other":
+        run.prepare()  # before Trainer has sharded anything
     run.train(resume_from_checkpoint=str(folder / name / "checkpoint-4") if resume else None)
     return run
 
