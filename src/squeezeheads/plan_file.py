@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from squeezeheads.files import read_json, store_json
@@ -29,7 +30,7 @@ def share_plans(objectives: Mapping[str, Objective], folder: str | None, store: 
 
 
 def take_up_plans(objectives: Mapping[str, Objective], folder: str | None) -> bool:
-    """On resume: take up the stored plans.
+    """On resume: take up the stored plans. All processes call it.
 
     Returns:
         Whether there were any.
@@ -38,9 +39,13 @@ def take_up_plans(objectives: Mapping[str, Objective], folder: str | None) -> bo
         ValueError: they were made for other objectives or options.
     """
     stored, options = Path(str(folder)) / PLAN_FILE, _options(objectives)
-    if not stored.is_file():
+    # The first process reads for all: another machine may not have the file, and would wait for the others for ever.
+    reads = PartialState().is_main_process and stored.is_file()
+    box = [read_json(stored, "Start the training afresh in another output_dir.") if reads else None]
+    broadcast_object_list(box)
+    if box[0] is None:
         return False
-    kept = read_json(stored, "Start the training afresh in another output_dir.")
+    kept = box[0]
     if kept["options"] != options:
         raise ValueError(
             f"{stored} was made for {kept['options']}, but the objectives are {options}: resume with the objectives "

@@ -329,22 +329,29 @@ def read_output_weight(projection: nn.Module, heads: int, width: int) -> Tensor:
     Passing the identity through it works alike for ``nn.Linear``, ``Conv1D``, LoRA-wrapped and quantised layers. The
     answer is kept until a parameter or buffer changes, or the module answers a test vector differently: an adapter
     switched off, a write through ``.data`` and packed weights leave no other trace.
+
+    Weights in shards (FSDP2) are gathered for it, by all processes at once. There an answer is kept until a shard
+    changes: a test vector would have to be gathered for each time.
     """
     tensors = (*projection.parameters(), *projection.buffers())
+    sharded = any(hasattr(t, "full_tensor") for t in tensors)
     state = (heads, width, *((id(t), t._version, t.dtype, t.device) for t in tensors))
     dtype = next((p.dtype for p in projection.parameters() if p.is_floating_point()), torch.get_default_dtype())
     device = next((t.device for t in tensors), torch.device("cpu"))
     size = heads * width
+    kept = _weights_read.get(projection)
+    if sharded and kept is not None and kept[0] == state:
+        return kept[2]
     # Ordinary tensors even where the teacher runs in inference mode: they are kept, and their version is asked for.
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
         test = torch.arange(2 * size, dtype=torch.float32, device=device).view(2, size).sqrt().cos().to(dtype)
         test[1] = 0  # the bias
-        answer = _ask(projection, test)
-        kept = _weights_read.get(projection)
+        whole = _gathered(projection) if sharded else None
+        answer = _ask(projection, test, whole)
         if kept is None or kept[0] != state or not torch.equal(kept[1], answer):
             # A large identity, so that adding the bias does not round the weight off in half precision.
             identity = PROBE * torch.eye(size, dtype=dtype, device=device)
-            weight = ((_ask(projection, identity) - answer[1]) / PROBE).view(heads, width, -1)
+            weight = ((_ask(projection, identity, whole) - answer[1]) / PROBE).view(heads, width, -1)
             kept = _weights_read[projection] = (state, answer, weight)
     return kept[2]
 
@@ -353,11 +360,19 @@ def read_output_weight(projection: nn.Module, heads: int, width: int) -> Tensor:
 PROBE = 256.0
 
 
-def _ask(projection: nn.Module, rows: Tensor) -> Tensor:
-    """What ``projection`` makes of these rows, without the dropout of a LoRA branch."""
+def _gathered(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name, those in shards (DTensors) whole: each a gathering of all processes."""
+    named: list[tuple[str, Any]] = [*module.named_parameters(), *module.named_buffers()]
+    return {name: t.full_tensor() if hasattr(t, "full_tensor") else t for name, t in named}
+
+
+def _ask(projection: nn.Module, rows: Tensor, weights: dict[str, Tensor] | None) -> Tensor:
+    """What ``projection`` makes of these rows, without the dropout of a LoRA branch; by ``weights`` where given."""
     modes = {module: module.training for module in projection.modules()}
     try:
         projection.eval()
+        if weights is not None:
+            return torch.func.functional_call(projection, weights, (rows[None],))[0]
         return projection(rows[None])[0]
     finally:
         for module, training in modes.items():

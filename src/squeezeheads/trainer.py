@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
@@ -20,8 +20,22 @@ from squeezeheads.distillation import Distillation, named_teachers
 from squeezeheads.logged import check_names
 from squeezeheads.objectives import Objective
 from squeezeheads.plan_file import share_plans, take_up_plans
-
-PROJECTOR_FILE = "projectors.safetensors"
+from squeezeheads.processes import (
+    COPIES,
+    check_distribution,
+    check_reached,
+    own_samples,
+    place_projector,
+    place_teacher,
+)
+from squeezeheads.projector_files import (
+    load_projectors,
+    load_states,
+    store_projectors,
+    store_states,
+    take_out,
+    trained_parameters,
+)
 
 
 class SqueezeTrainer(WholeCheckpoints):
@@ -41,6 +55,10 @@ class SqueezeTrainer(WholeCheckpoints):
     Evaluation is that of the student alone. No teacher is in a checkpoint. Projectors that objectives train are
     optimised with the student (at its learning rate, without weight decay or clipping) and kept in a checkpoint beside
     it, in ``projectors.safetensors``; the saved student is without them.
+
+    In several processes each sees its share of a batch, and the loss is that of one process on the whole of it; samples
+    that accelerate fills a last batch up with count nothing. Under FSDP2 teachers are frozen and sharded as the student
+    is, and the models are checked once training has sharded them; ``save_model`` writes the plain student.
 
     Args:
         model: the student.
@@ -90,19 +108,24 @@ class SqueezeTrainer(WholeCheckpoints):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would be ignored: write an Objective instead.")
         super().__init__(model=model, args=args, **kwargs)
+        check_distribution(self.args, self.accelerator)
         if targets is None:
             targets = next_token_targets if self._loss_shifts_labels else labelled_targets
-        prepared = {
-            name: self.accelerator.prepare_model(model, evaluation_mode=True)
-            for name, model in named_teachers(teacher).items()
-        }
+        # Whether the student can be run only when Trainer has prepared it for training.
+        self._runs_late = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.distillation = Distillation(
-            prepared, objectives, rows=rows, targets=targets, loss_takes_count=self.model_accepts_loss_kwargs
+            {name: place_teacher(self.accelerator, model) for name, model in named_teachers(teacher).items()},
+            objectives,
+            rows=rows,
+            targets=targets,
+            loss_takes_count=self.model_accepts_loss_kwargs,
         )
         self.passes = passes
         # Of each pass.
         self._batch_counts: list[dict[str, Tensor]] | None = None
         self._projectors_placed = False
+        self._resuming = False
+        self._reach_checked = self.accelerator.num_processes == 1
         self.add_callback(_ForgetGradients(self._projectors))
         if hasattr(self.train_dataset, "set_epoch"):
             self.add_callback(_TellEpoch(self.train_dataset.set_epoch))
@@ -118,7 +141,9 @@ class SqueezeTrainer(WholeCheckpoints):
             SavingError: a checkpoint that could not be written, on a full disk for example.
         """
         resume_from_checkpoint = self.resume_point(resume_from_checkpoint)
-        self.prepare(resume=bool(resume_from_checkpoint))
+        self._resuming = bool(resume_from_checkpoint)
+        if not self._runs_late:
+            self.prepare(resume=self._resuming)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def prepare(self, resume: bool = False) -> None:
@@ -132,20 +157,35 @@ class SqueezeTrainer(WholeCheckpoints):
         if not self.distillation.prepared:
             planned = {name: o for name, o in self.distillation.objectives.items() if o.plan_options}
             if not (resume and take_up_plans(planned, self.args.output_dir)):
+                if self.is_fsdp_enabled and not self.is_in_train:
+                    self.model.to(self.args.device)  # Trainer leaves it where it is, for it to be sharded
                 self.distillation.prepare(self.model, self._calibration_batches())
                 share_plans(planned, self.args.output_dir, self.args.should_save)
-        for objective in self.distillation.objectives.values():
+        for name, objective in self.distillation.objectives.items():
             if objective.projector is not None:
-                objective.projector = self.accelerator.prepare_model(objective.projector)
+                objective.projector = place_projector(self.accelerator, objective.projector, name)
         self._projectors_placed = True
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """As ``Trainer.create_optimizer``, and a group for the projectors of objectives."""
         given = self.optimizer is not None
         optimizer = super().create_optimizer(model)
+        if not self._runs_late:
+            self._add_projectors(optimizer, given)
+        return optimizer
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
+        """As ``Trainer.create_scheduler``. Under FSDP and DeepSpeed the models are checked here and the projectors
+        made: Trainer has sharded the student and its optimizer by now, and accelerate (1.15) shards no optimizer that
+        holds more."""
+        if self._runs_late:
+            self.prepare(resume=self._resuming)
+            self._add_projectors(self.optimizer if optimizer is None else optimizer)
+        return super().create_scheduler(num_training_steps, optimizer)
+
+    def _add_projectors(self, optimizer: torch.optim.Optimizer, given: bool = False) -> None:
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        projectors = [p for m in self._projectors().values() for p in m.parameters() if p.requires_grad]
-        missing = [p for p in projectors if id(p) not in held]
+        missing = [p for p in trained_parameters(self._projectors()) if id(p) not in held]
         if missing and given:
             raise ValueError(
                 f"the optimizer that was given lacks the projectors of {', '.join(self._projectors())}: call prepare() "
@@ -153,7 +193,6 @@ class SqueezeTrainer(WholeCheckpoints):
             )
         if missing:
             optimizer.add_param_group({"params": missing, "weight_decay": 0.0})
-        return optimizer
 
     def _projectors(self) -> dict[str, nn.Module]:
         """Unwrapped, by the name of their objective."""
@@ -166,25 +205,42 @@ class SqueezeTrainer(WholeCheckpoints):
     def _write_beside(self, checkpoint: Path) -> None:
         projectors = self._projectors()
         if projectors and self.args.should_save:
-            checkpoint.mkdir(parents=True, exist_ok=True)
-            tensors = {f"{n}/{k}": v.contiguous() for n, m in projectors.items() for k, v in m.state_dict().items()}
-            save_file(tensors, checkpoint / PROJECTOR_FILE)
+            store_projectors(projectors, checkpoint)
 
-    def _load_projectors(self, checkpoint: str) -> None:
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer; under FSDP the projectors' part goes into a file of its own, for torch looks up whatever an
+        optimizer holds in the sharded model."""
         projectors = self._projectors()
-        if not projectors:
-            return
-        file = Path(checkpoint) / PROJECTOR_FILE
-        if not file.is_file():
-            raise RuntimeError(
-                f"{checkpoint} holds no {PROJECTOR_FILE}, but {', '.join(projectors)} train a projector: it is the "
-                "checkpoint of a run with other objectives."
-            )
-        tensors = load_file(file)
-        for name, module in projectors.items():
-            prefix = f"{name}/"
-            own = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-            module.load_state_dict(own)
+        if not projectors or not self.is_fsdp_enabled:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        optimizer = _bare(self.optimizer)
+        group, states = take_out(optimizer, trained_parameters(projectors))
+        try:
+            super()._save_optimizer_and_scheduler(output_dir)
+        finally:
+            optimizer.param_groups.append(group)
+            optimizer.state.update(states)
+        if self.args.should_save:
+            store_states(projectors, states, Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        projectors = self._projectors()
+        if checkpoint is None or not projectors or not self.is_fsdp_enabled:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = _bare(self.optimizer)
+        group, _ = take_out(optimizer, trained_parameters(projectors))
+        super()._load_optimizer_and_scheduler(checkpoint)
+        group["lr"] = self.lr_scheduler.get_last_lr()[-1]
+        optimizer.param_groups.append(group)
+        optimizer.state.update(load_states(projectors, Path(checkpoint)))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """The plain student, under FSDP too: call it in every process. In checkpoints Trainer leaves it out where
+        ``fsdp_config`` asks for state in shards."""
+        sharded = self.is_fsdp_enabled and "FULL" not in str(self.accelerator.state.fsdp_plugin.state_dict_type)
+        if sharded and not _internal_call:
+            return self._save(output_dir, state_dict=self.accelerator.get_state_dict(self.model))
+        super().save_model(output_dir, _internal_call)
 
     def compute_loss(
         self,
@@ -197,18 +253,24 @@ class SqueezeTrainer(WholeCheckpoints):
         if not model.training:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         progress = self.state.global_step / max(self.state.max_steps, 1)
+        inputs = dict(inputs)
+        real = 0.0 if inputs.pop(COPIES, False) else 1.0
         losses, outputs = [], None
         for index, part in enumerate(self.passes(inputs)):
             counts = None if self._batch_counts is None else self._batch_counts[index]
             out = self.distillation(model, part, progress=progress, counts=counts)
-            losses.append(out.loss)
+            losses.append(out.loss * real)
             outputs = out.student_outputs
             for name, value in out.terms.items():
                 count = out.counts[name]
+                count = count * real
                 self._sums[name] = self._sums.get(name, 0.0) + torch.where(count > 0, value * count, 0.0)
                 self._items[name] = self._items.get(name, 0.0) + count
         # Gradients are averaged over processes, but the shares of all processes add up to the loss.
         loss = torch.stack(losses).sum() * self.accelerator.num_processes
+        if not self._reach_checked:
+            check_reached(loss, outputs, self.model)
+            self._reach_checked = True
         return (loss, outputs) if return_outputs else loss
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -229,7 +291,8 @@ class SqueezeTrainer(WholeCheckpoints):
         weights with no more than a warning."""
         if not self._load_renamed(resume_from_checkpoint, self.model if model is None else model):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_projectors(resume_from_checkpoint)
+        if projectors := self._projectors():
+            load_projectors(projectors, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         if not self._load_renamed(str(self.state.best_model_checkpoint), self.model):
@@ -272,13 +335,20 @@ class SqueezeTrainer(WholeCheckpoints):
         if self.is_in_train and self.state.global_step >= self.state.max_steps:
             return [], None
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = [[self.distillation.count(part) for part in self.passes(batch)] for batch in samples]
+        if samples:
+            samples[-1] = own_samples(self.accelerator, samples[-1])
+        counts = [self._counts_of_passes(batch) for batch in samples]
         zero = torch.zeros((), device=device)
         self._batch_counts = []
         for parts in zip(*counts, strict=True):
             mine = {name: sum((c[name].to(device) for c in parts), zero) for name in self.distillation.objectives}
             self._batch_counts.append({n: self.accelerator.reduce(v, reduction="sum") for n, v in mine.items()})
         return samples, items
+
+    def _counts_of_passes(self, batch: Inputs) -> list[dict[str, Tensor]]:
+        own = {key: value for key, value in batch.items() if key != COPIES}
+        real = 0.0 if COPIES in batch else 1.0
+        return [{n: c * real for n, c in self.distillation.count(part).items()} for part in self.passes(own)]
 
     def _calibration_batches(self) -> list[dict[str, Any]]:
         """A few batches of training data, the same for every start with this seed, drawing on no global generator."""
@@ -305,6 +375,10 @@ class SqueezeTrainer(WholeCheckpoints):
         random.setstate(python)
         np.random.set_state(numpy_state)
         return batches
+
+
+def _bare(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
 
 
 class _ForgetGradients(TrainerCallback):
