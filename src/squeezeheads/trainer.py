@@ -10,12 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import is_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from squeezeheads.adapters import AdaptersOff, load_adapters, shared_trained_weights
 from squeezeheads.batches import Inputs, labelled_targets, next_token_targets, one_pass, padding_rows
 from squeezeheads.distillation import Distillation, named_teachers
 from squeezeheads.logged import check_names
@@ -93,10 +95,7 @@ class SqueezeTrainer(Trainer):
         super().__init__(model=model, args=args, **kwargs)
         if targets is None:
             targets = next_token_targets if self._loss_shifts_labels else labelled_targets
-        prepared = {
-            name: self.accelerator.prepare_model(model, evaluation_mode=True)
-            for name, model in named_teachers(teacher).items()
-        }
+        prepared = {name: self._prepare_teacher(model, name) for name, model in named_teachers(teacher).items()}
         self.distillation = Distillation(
             prepared, objectives, rows=rows, targets=targets, loss_takes_count=self.model_accepts_loss_kwargs
         )
@@ -109,6 +108,25 @@ class SqueezeTrainer(Trainer):
             self.add_callback(_TellEpoch(self.train_dataset.set_epoch))
         self._sums: dict[str, Tensor] = {}
         self._items: dict[str, Tensor] = {}
+
+    def _prepare_teacher(self, teacher: nn.Module, name: str) -> nn.Module:
+        shared = shared_trained_weights(self.model, teacher)
+        if shared:
+            raise ValueError(
+                f"teacher {name!r} shares {len(shared)} trained weights with the student ({', '.join(shared[:2])} …): "
+                "it would change with every step. After peft.get_peft_model(base) base holds the adapters too: give "
+                "AdaptersOff(student) as teacher. Otherwise load the teacher by itself."
+            )
+        if isinstance(teacher, AdaptersOff):
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "AdaptersOff is not known to work where weights are sharded (FSDP, DeepSpeed): load the teacher by "
+                    "itself."
+                )
+            return teacher  # placed, and run in mixed precision, as the student that it is
+        prepared = self.accelerator.prepare_model(teacher, evaluation_mode=True)
+        # The student alone is compiled: output projections are found while a model runs as it is written.
+        return getattr(prepared, "_orig_mod", prepared) if prepared is not teacher else prepared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``, after ``prepare``."""
@@ -239,8 +257,12 @@ class SqueezeTrainer(Trainer):
             super()._load_best_model()
 
     def _load_renamed(self, checkpoint: str, model: nn.Module) -> bool:
-        """Load a plain checkpoint of a transformers model; ``False`` where it is another kind (adapter, FSDP …)."""
+        """Load a plain checkpoint of a transformers model, or its adapters; ``False`` where it is another kind
+        (FSDP …)."""
         bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if is_peft_model(bare) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_adapters(bare, checkpoint)
+            return True
         if not isinstance(bare, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         saved, found = type(bare).from_pretrained(
