@@ -459,6 +459,11 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
         )
     if gpus > 1:
         raise RecipeError(f"{gpus} GPUs are visible and a run uses one: choose it, CUDA_VISIBLE_DEVICES=0.")
+    if args.fp16 and device.type == "cpu":
+        raise RecipeError(
+            f"{key}.precision=fp16 needs a GPU: on the CPU accelerate would train in float32 without a word. Use bf16, "
+            "or fp32."
+        )
     if device.type == "mps":
         raise RecipeError(
             f"{key}: squeezing sums in float64, which Apple's GPUs lack. Run on the CPU: "

@@ -46,8 +46,9 @@ class SqueezeTrainer(Trainer):
     it, in ``projectors.safetensors``; the saved student is without them.
 
     Args:
-        model: the student.
+        model: the student; with PEFT, its adapters are what is trained, saved and resumed.
         teacher: the teacher, several by name, or ``None`` where no objective needs one. Moved to the trainer's device.
+            ``AdaptersOff(model)`` is the base of a PEFT student. Teachers are not compiled by ``args.torch_compile``.
         args: training arguments.
         objectives: name → objective.
         rows: inputs → (B, Q) query rows that count for attention, see ``Distillation``.
@@ -60,7 +61,8 @@ class SqueezeTrainer(Trainer):
 
     Raises:
         ValueError: objectives without the teacher that they need, or named as a value that the trainer logs itself
-            (``loss`` …); ``label_smoothing_factor`` or ``compute_loss_func``, which would be ignored.
+            (``loss`` …); a teacher that shares trained weights with the student; ``label_smoothing_factor``,
+            ``compute_loss_func`` or ``fp16`` on the CPU, which would be ignored.
     """
 
     # Losses are divided by the item counts of the whole accumulated batch; the Trainer must not divide again.
@@ -89,6 +91,11 @@ class SqueezeTrainer(Trainer):
                 f"{args.n_gpu} GPUs in one process (nn.DataParallel) cannot be recorded. Start one process a GPU, with "
                 f"`torchrun --nproc-per-node {args.n_gpu} …` or `accelerate launch`, or show one alone: "
                 "CUDA_VISIBLE_DEVICES=0."
+            )
+        if args is not None and args.fp16 and args.device.type == "cpu":
+            raise ValueError(
+                "fp16=True would be ignored on the CPU: accelerate scales losses on a GPU alone, and would train in "
+                "float32. Use bf16=True, or leave it out."
             )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would be ignored: write an Objective instead.")
