@@ -173,13 +173,13 @@ def test_reentrant_checkpointing_of_frozen_attention_is_refused_too(tmp_path):
 @pytest.mark.parametrize("kind", KINDS)
 def test_bfloat16_stays_within_its_rounding(tmp_path, kind):
     """Budget: bfloat16 keeps 8 bits, so one rounding is wrong by up to 0.4 %. A loss may be wrong by four such
-    roundings, the gradient by eight."""
+    roundings, the gradient by sixteen."""
     expected, gradients, _ = trained(tmp_path / "plain", kind)
     found, near, _ = trained(tmp_path / "bf16", kind, bf16=True)
     for mine, plain in zip(found, expected, strict=True):
         for name in ("loss", "task", "logits", "attention", "features"):
             assert mine[name] == pytest.approx(plain[name], rel=4 * 2**-8), name
-    assert 1e-4 < relative_error(near, gradients) < 8 * 2**-8
+    assert 1e-4 < relative_error(near, gradients) < 16 * 2**-8
     assert all(gradient.dtype == torch.float32 for gradient in near.values())
 
 
@@ -205,7 +205,7 @@ def test_scaled_float16_stays_within_its_rounding(kind):
     with torch.autocast("cpu", torch.float16):
         found, near = step(2.0**16)
     assert found == pytest.approx(expected, rel=4 * 2**-11)
-    assert 1e-5 < relative_error(near, gradients) < 8 * 2**-11
+    assert 1e-5 < relative_error(near, gradients) < 16 * 2**-11
 
 
 def test_float16_training_without_a_gpu_is_refused(tmp_path):
