@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from squeezeheads.adapters import AdaptersOff
 from squeezeheads.attention import AttentionRecord
 from squeezeheads.distillation import Distillation
 from squeezeheads.divergence import attention_divergence
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptersOff",
     "AttentionMSE",
     "AttentionRecord",
     "AttentionRecording",

@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from squeezeheads.adapters import ADAPTER_FILE, is_adapter, load_model
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation import attention_fidelity
 from squeezeheads.objectives import SqueezedHeads
@@ -33,10 +34,13 @@ def evaluate(recipe: Recipe, model_path: str | None = None, console: Console | N
             says how a model is measured (``Task.measuring``) may differ from the run's.
     """
     path = Path(model_path) if model_path is not None else Path(recipe.output) / "student"
-    if model_path is None and not (path / "config.json").is_file():
+    there = (path / "config.json").is_file() or is_adapter(path)
+    if model_path is None and not there:
         raise RecipeError(f"{path}: no student there. Run `squeezeheads distill` first, or name a model with --model.")
-    if model_path is not None and path.exists() and not (path / "config.json").is_file():
-        raise RecipeError(f"{path}: no model there (no config.json). Expected a folder that save_pretrained wrote.")
+    if model_path is not None and path.exists() and not there:
+        raise RecipeError(
+            f"{path}: no model there (no config.json, no {ADAPTER_FILE}). Expected a folder that save_pretrained wrote."
+        )
     output = Path(recipe.output)
     ran = (output / "recipe.json").is_file()
     if ran:
@@ -50,7 +54,7 @@ def evaluate(recipe: Recipe, model_path: str | None = None, console: Console | N
         check_data(task, splits, output)
     try:
         task.check_companions(str(path), f"the model ({path})")
-        model = task.load(str(path), recipe.student.attn_implementation).to(device)
+        model = load_model(task.load, str(path), recipe.student.attn_implementation).to(device)
         task.check_model(model.config, f"the model ({path})")
         metrics = task.measure(model, splits.test, recipe.training.batch_size)
     except RecipeError:

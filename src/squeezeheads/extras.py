@@ -14,6 +14,7 @@ EXTRAS = {
     "jsonargparse": "hf",
     "lm_eval": "eval",
     "matplotlib": "hf",
+    "peft": "peft",
     "rich": "hf",
     "rouge_score": "eval",
     "safetensors": "hf",

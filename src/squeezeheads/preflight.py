@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
+from squeezeheads.adapters import AdaptersOff, add_lora, load_model
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError, in_short, similar
 from squeezeheads.files import part_of
@@ -94,6 +95,11 @@ class Models:
             self.student_config = self.task.new_config(student.config, "student.config", base)
         else:
             self.student_config = self.task.adapt_config(self.task.pretrained_config(student.path, "student.path"))
+        if student.lora is not None and not self.task.adapters:
+            raise RecipeError(
+                "student.lora: this task saves its models in another library's format and knows no adapters. Leave "
+                "it out, and the whole student is trained."
+            )
 
     def new_teacher(self, name: str) -> PreTrainedModel:
         """The pretrained teacher, or one with random weights."""
@@ -107,9 +113,15 @@ class Models:
         """A student as it is before training: the same for every set of objectives."""
         spec = self.recipe.student
         set_seed(seed)  # a pretrained student too: a head that its checkpoint lacks is drawn at random
-        if spec.path is not None:
-            return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
-        return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
+        if spec.path is None:
+            return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
+        model = self.task.load(spec.path, spec.attn_implementation, spec.dtype)
+        if spec.lora is None:
+            return model
+        try:
+            return add_lora(model, spec.lora)
+        except (ImportError, ValueError) as error:
+            raise RecipeError(f"student.lora: {error}") from error
 
 
 def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None, free: Sequence[str] = ()) -> None:
@@ -214,8 +226,11 @@ def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     task = models.task
     args = training_arguments(recipe.training, "training", Path(recipe.output), recipe.seeds[0])
     try:
-        teachers: dict[str, PreTrainedModel] = {name: models.new_teacher(name) for name in recipe.named_teachers}
         student = models.new_student(recipe.seeds[0])
+        teachers: dict[str, Any] = {
+            name: AdaptersOff(student) if spec.base_of_student else models.new_teacher(name)
+            for name, spec in recipe.named_teachers.items()
+        }
     except (OSError, ValueError, ImportError) as error:
         if isinstance(error, RecipeError):
             raise
@@ -223,8 +238,9 @@ def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
             f"a model cannot be loaded or built: {in_short(error)} Attention is recorded under "
             'attn_implementation="sdpa" alone.'
         ) from error
+    _check_adapted(student, recipe)
     for name, teacher in teachers.items():
-        _check_trained(name, teacher, recipe)
+        _check_trained(name, student if isinstance(teacher, AdaptersOff) else teacher, recipe)
     _check_saving(task, student, recipe.student.attn_implementation, "student", recipe.student.path)
     for name, teacher in teachers.items():
         spec = recipe.named_teachers[name]
@@ -277,6 +293,23 @@ def _check_trained(name: str, teacher: PreTrainedModel, recipe: Recipe) -> None:
                     f"{where}.{key} learns from what it predicts. Give the teacher `training`, name one that was "
                     f"trained for these classes, or leave {key} out."
                 )
+
+
+def _check_adapted(student: PreTrainedModel, recipe: Recipe) -> None:
+    """
+    Raises:
+        RecipeError: a new classifier that stays as it was drawn, because adapters alone are trained.
+    """
+    if recipe.student.lora is None:
+        return
+    saved = recipe.student.lora.modules_to_save
+    fresh = getattr(student, "fresh_weights", [])
+    frozen = [name for name in fresh if not any(entry in name.split(".") for entry in saved)]
+    if frozen:
+        raise RecipeError(
+            f"student.lora: {', '.join(frozen[:3])} are not in {recipe.student.path} and would stay random: name their "
+            f"module in student.lora.modules_to_save, for example [{frozen[0].split('.')[0]}]."
+        )
 
 
 # What recording, objectives and models raise where they do not fit: other libraries' models among them.
@@ -341,7 +374,7 @@ def _check_saving(task: Task, model: PreTrainedModel, attn_implementation: str, 
         try:
             model.save_pretrained(folder)
             task.save_companions(Path(folder), source)
-            back = task.load(folder, attn_implementation).state_dict()
+            back = load_model(task.load, folder, attn_implementation).state_dict()
         except OSError as error:
             raise RecipeError(
                 f"{whose}: cannot be saved on trial in {folder}: {error}. TMPDIR chooses another place."
@@ -352,6 +385,8 @@ def _check_saving(task: Task, model: PreTrainedModel, attn_implementation: str, 
     other = sorted(
         name
         for name in {*mine, *back}
+        # What an adapter has put a copy in the place of is not saved with it, and random where it was new.
+        if ".original_module." not in name
         if name not in mine or name not in back or not _same(mine[name].to(back[name].dtype), back[name])
     )
     if other:
@@ -439,6 +474,11 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
         )
     if gpus > 1:
         raise RecipeError(f"{gpus} GPUs are visible and a run uses one: choose it, CUDA_VISIBLE_DEVICES=0.")
+    if args.fp16 and device.type == "cpu":
+        raise RecipeError(
+            f"{key}.precision=fp16 needs a GPU: on the CPU accelerate would train in float32 without a word. Use bf16, "
+            "or fp32."
+        )
     if device.type == "mps":
         raise RecipeError(
             f"{key}: squeezing sums in float64, which Apple's GPUs lack. Run on the CPU: "

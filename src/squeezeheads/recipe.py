@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
+from squeezeheads.adapters import LoraSpec
 from squeezeheads.batches import ONLY
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.objectives import OBJECTIVES, Objective
@@ -112,17 +113,38 @@ class ModelSpec:
 
 
 @dataclass
+class StudentSpec(ModelSpec):
+    """The student: new, or pretrained and trained further, wholly or by an adapter."""
+
+    lora: LoraSpec | None = None
+    """Train and save low-rank adapters of the pretrained model alone; needs path, and the package peft."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora is not None and self.path is None:
+            raise ValueError("lora without path: adapters of random weights teach nothing. Name a pretrained model.")
+
+
+@dataclass
 class TeacherSpec(ModelSpec):
     """The teacher: pretrained, trained at the start of the run, or both: a pretrained model that is trained further."""
 
     training: TrainingSpec | None = None
     """How it is trained at the start of the run; needed without path."""
+    base_of_student: bool = False
+    """The teacher is the model that the student's lora adapts, run with the adapters off and not held a second time."""
 
     def check(self, key: str) -> None:
         """
         Raises:
-            ValueError: neither a pretrained teacher, nor all that a new one needs.
+            ValueError: neither a pretrained teacher, nor all that a new one needs; another one beside
+                base_of_student.
         """
+        if self.base_of_student:
+            given = [name for name in ("path", "config", "training") if getattr(self, name)]
+            if given:
+                raise ValueError(f"{key}.base_of_student and {key}.{given[0]} name two models: leave one out.")
+            return
         if self.path is None and self.training is None:
             raise ValueError(
                 f"{key} has neither path nor training: give the folder of a pretrained teacher, or train one."
@@ -137,7 +159,7 @@ class Recipe:
 
     task: TaskChoice  # type: ignore[valid-type]
     """What is learned, from which data."""
-    student: ModelSpec
+    student: StudentSpec
     """The model that learns."""
     objectives: Objectives  # type: ignore[valid-type]
     """What the student learns from."""
@@ -184,10 +206,23 @@ class Recipe:
             spec.check(f"teachers.{name}")
         if self.teacher is not None:
             self.teacher.check("teacher")
+        for name, spec in self._teachers.items():
+            if spec.base_of_student and self.student.lora is None:
+                raise ValueError(
+                    f"{self.teacher_key(name)}.base_of_student without student.lora: a student without adapters has no "
+                    f"base to go back to. Give {self.teacher_key(name)}.path."
+                )
 
     @property
     def named_teachers(self) -> dict[str, TeacherSpec]:
-        """All teachers by name; the only one is called "teacher"."""
+        """All teachers by name; the only one is called "teacher". The student's base is as the student names it."""
+        student = self.student
+        base = {name: getattr(student, name) for name in ("path", "attn_implementation", "dtype")}
+        teachers = self._teachers
+        return {n: dataclasses.replace(t, **base) if t.base_of_student else t for n, t in teachers.items()}
+
+    @property
+    def _teachers(self) -> dict[str, TeacherSpec]:
         return dict(self.teachers) if self.teacher is None else {ONLY: self.teacher}
 
     def teacher_key(self, name: str) -> str:

@@ -186,11 +186,15 @@ class record_attention:
     def _output_weight_of(self, name: str, call: _Call) -> Callable[[], Tensor | None]:
         heads, width = call.query.shape[1], call.value.shape[-1]
         overrides, projections, modules = self._overrides, self._projections, self._modules
+        # A model may run other layers than its modules hold (AdaptersOff). A function of its class: see _modules.
+        runs: Callable[[nn.Module], nn.Module] | None = getattr(type(self._model), "layer_that_runs", None)
 
         def read() -> Tensor | None:
             path = overrides.get(name) or projections.get(name)
             projection = None if path is None else modules.get(path)
-            return None if projection is None else read_output_weight(projection, heads, width)
+            if projection is None:
+                return None
+            return read_output_weight(projection if runs is None else runs(projection), heads, width)
 
         return read
 
@@ -219,9 +223,11 @@ class record_attention:
         if torch.is_grad_enabled() or not self._grad_at_entry:
             return
         # The attention core may be a module of its own without parameters: then the module around it tells.
-        around = (self._modules[path] for path in reversed(self._stack))
+        around = [self._modules[path] for path in reversed(self._stack)]
         module = next((m for m in around if next(m.parameters(), None) is not None), None)
-        if module is not None and module.training and any(p.requires_grad for p in module.parameters()):
+        trained = module is not None and module.training and any(p.requires_grad for p in module.parameters())
+        # A frozen layer (of a student with adapters elsewhere) hands gradients on all the same.
+        if trained or any(m.training and _checkpoints_reentrantly(m) for m in around):
             raise RecordingError(
                 f"{name!r} runs without gradient inside a training forward pass, as re-entrant gradient checkpointing "
                 "does: its recorded queries could teach nothing. Use "
@@ -420,6 +426,14 @@ def _is_merged_heads(tensor: Tensor, output: Tensor) -> bool:
     merged = tensor.detach().reshape(batch, queries, heads, width)
     ends = [0, queries - 1]
     return torch.equal(merged[:, ends], output.detach().transpose(1, 2)[:, ends])
+
+
+def _checkpoints_reentrantly(module: nn.Module) -> bool:
+    """Whether transformers runs this layer under re-entrant gradient checkpointing."""
+    if not getattr(module, "gradient_checkpointing", False):
+        return False
+    options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", {})
+    return bool(options.get("use_reentrant", False))
 
 
 def _in_backward() -> bool:

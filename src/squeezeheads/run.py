@@ -28,6 +28,7 @@ from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback
 
+from squeezeheads.adapters import AdaptersOff, load_model
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluate import evaluate
 from squeezeheads.evaluation import attention_fidelity
@@ -128,16 +129,31 @@ class _Run:
         self.output = output
         self.console = console
         self.teachers: dict[str, nn.Module] = {}
+        """But for a student's own base: that is held once, in each student."""
         self.yardsticks: dict[str, SqueezedHeads] = {}
         """Attention objectives with their plan: by them every student's attention is measured."""
 
     def teacher_results(self) -> dict[str, Any]:
-        return {name: read_json(teacher_folder(self.recipe, name) / "result.json", AGAIN) for name in self.teachers}
+        return {
+            name: read_json(teacher_folder(self.recipe, name) / "result.json", AGAIN)
+            for name in self.recipe.named_teachers
+        }
+
+    def teachers_of(self, student: nn.Module) -> dict[str, nn.Module]:
+        """All teachers by name; a student's own base is the student with its adapters off."""
+        return {
+            name: AdaptersOff(student) if spec.base_of_student else self.teachers[name]
+            for name, spec in self.recipe.named_teachers.items()
+        }
 
     def train_teachers(self) -> None:
         """Load or train each teacher, and measure it."""
         for name, spec in self.recipe.named_teachers.items():
-            self.teachers[name] = self._teacher(name, spec)
+            if spec.base_of_student and (teacher_folder(self.recipe, name) / "result.json").is_file():
+                continue
+            teacher = self._teacher(name, spec)
+            if not spec.base_of_student:
+                self.teachers[name] = teacher
 
     def _teacher(self, name: str, spec: TeacherSpec) -> PreTrainedModel:
         folder = teacher_folder(self.recipe, name)
@@ -196,7 +212,7 @@ class _Run:
         trainer.model.save_pretrained(folder)
         self.task.save_companions(folder, recipe.student.path)
         # What is measured is what is kept: mixed precision leaves its mark on the model in memory.
-        student = self.task.load(str(folder), recipe.student.attn_implementation).to(trainer.args.device)
+        student = load_model(self.task.load, str(folder), recipe.student.attn_implementation).to(trainer.args.device)
         size = recipe.training.batch_size
         result: dict[str, Any] = {
             "seed": seed,
@@ -210,7 +226,7 @@ class _Run:
         if self.yardsticks:
             batches = self.task.batches(self.splits.test, size, student.device)
             result["attention"] = attention_fidelity(
-                student, self.teachers, self.yardsticks, batches, rows=self.task.rows
+                student, self.teachers_of(student), self.yardsticks, batches, rows=self.task.rows
             )
         result = finite(result)  # as a later start reads it
         store_json(done, result)
@@ -221,13 +237,15 @@ class _Run:
         """Pictures of the best student's attention beside its teachers'."""
         if not self.yardsticks:
             return
-        device = next(next(iter(self.teachers.values())).parameters()).device
-        student = self.task.load(str(self.output / "student"), self.recipe.student.attn_implementation).to(device)
+        device = training_arguments(self.recipe.training, "training", self.output, self.recipe.seeds[0]).device
+        implementation = self.recipe.student.attn_implementation
+        student = load_model(self.task.load, str(self.output / "student"), implementation).to(device)
+        teachers = self.teachers_of(student)
         (batch, *_) = self.task.batches([self.splits.test[i] for i in range(min(8, len(self.splits.test)))], 8, device)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
         for name, objective in self.yardsticks.items():
             folder = self.output / "figures" if len(self.yardsticks) == 1 else self.output / "figures" / name
-            teacher = self.teachers[objective.teacher or next(iter(self.teachers))]
+            teacher = teachers[objective.teacher or next(iter(teachers))]
             attention_figures(student, teacher, objective, inputs, folder, rows=self.task.rows(batch))
 
     def _trainer(
@@ -248,7 +266,7 @@ class _Run:
         )
         trainer = SqueezeTrainer(
             model=model,
-            teacher=self.teachers if any(o.needs for o in objectives.values()) else None,
+            teacher=self.teachers_of(model) if any(o.needs for o in objectives.values()) else None,
             args=training_arguments(spec, key, self.output / "work" / work, seed),
             objectives=objectives,
             rows=self.task.rows,

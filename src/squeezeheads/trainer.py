@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.utils import is_peft_model
 from torch import Tensor, nn
 from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
+from squeezeheads.adapters import AdaptersOff, load_adapters, shared_trained_weights
 from squeezeheads.batches import Inputs, labelled_targets, next_token_targets, one_pass, padding_rows
 from squeezeheads.checkpoints import WholeCheckpoints
 from squeezeheads.distillation import Distillation, named_teachers
@@ -61,8 +63,9 @@ class SqueezeTrainer(WholeCheckpoints):
     is, and the models are checked once training has sharded them; ``save_model`` writes the plain student.
 
     Args:
-        model: the student.
+        model: the student; with PEFT, its adapters are what is trained, saved and resumed.
         teacher: the teacher, several by name, or ``None`` where no objective needs one. Moved to the trainer's device.
+            ``AdaptersOff(model)`` is the base of a PEFT student. Teachers are not compiled by ``args.torch_compile``.
         args: training arguments.
         objectives: name → objective.
         rows: inputs → (B, Q) query rows that count for attention, see ``Distillation``.
@@ -75,7 +78,8 @@ class SqueezeTrainer(WholeCheckpoints):
 
     Raises:
         ValueError: objectives without the teacher that they need, or named as a value that the trainer logs itself
-            (``loss`` …); ``label_smoothing_factor`` or ``compute_loss_func``, which would be ignored.
+            (``loss`` …); a teacher that shares trained weights with the student; ``label_smoothing_factor``,
+            ``compute_loss_func`` or ``fp16`` on the CPU, which would be ignored.
     """
 
     # Losses are divided by the item counts of the whole accumulated batch; the Trainer must not divide again.
@@ -105,6 +109,11 @@ class SqueezeTrainer(WholeCheckpoints):
                 f"`torchrun --nproc-per-node {args.n_gpu} …` or `accelerate launch`, or show one alone: "
                 "CUDA_VISIBLE_DEVICES=0."
             )
+        if args is not None and args.fp16 and args.device.type == "cpu":
+            raise ValueError(
+                "fp16=True would be ignored on the CPU: accelerate scales losses on a GPU alone, and would train in "
+                "float32. Use bf16=True, or leave it out."
+            )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func would be ignored: write an Objective instead.")
         super().__init__(model=model, args=args, **kwargs)
@@ -114,7 +123,7 @@ class SqueezeTrainer(WholeCheckpoints):
         # Whether the student can be run only when Trainer has prepared it for training.
         self._runs_late = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.distillation = Distillation(
-            {name: place_teacher(self.accelerator, model) for name, model in named_teachers(teacher).items()},
+            {name: self._place_teacher(model, name) for name, model in named_teachers(teacher).items()},
             objectives,
             rows=rows,
             targets=targets,
@@ -131,6 +140,25 @@ class SqueezeTrainer(WholeCheckpoints):
             self.add_callback(_TellEpoch(self.train_dataset.set_epoch))
         self._sums: dict[str, Tensor] = {}
         self._items: dict[str, Tensor] = {}
+
+    def _place_teacher(self, teacher: nn.Module, name: str) -> nn.Module:
+        shared = shared_trained_weights(self.model, teacher)
+        if shared:
+            raise ValueError(
+                f"teacher {name!r} shares {len(shared)} trained weights with the student ({', '.join(shared[:2])} …): "
+                "it would change with every step. After peft.get_peft_model(base) base holds the adapters too: give "
+                "AdaptersOff(student) as teacher. Otherwise load the teacher by itself."
+            )
+        if isinstance(teacher, AdaptersOff):
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "AdaptersOff is not known to work where weights are sharded (FSDP, DeepSpeed): load the teacher by "
+                    "itself."
+                )
+            return teacher  # placed, and run in mixed precision, as the student that it is
+        prepared = place_teacher(self.accelerator, teacher)
+        # The student alone is compiled: output projections are found while a model runs as it is written.
+        return getattr(prepared, "_orig_mod", prepared) if prepared is not teacher else prepared
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``, after ``prepare``. ``resume_from_checkpoint=True`` takes the last whole checkpoint.
@@ -299,8 +327,12 @@ class SqueezeTrainer(WholeCheckpoints):
             super()._load_best_model()
 
     def _load_renamed(self, checkpoint: str, model: nn.Module) -> bool:
-        """Load a plain checkpoint of a transformers model; ``False`` where it is another kind (adapter, FSDP …)."""
+        """Load a plain checkpoint of a transformers model, or its adapters; ``False`` where it is another kind
+        (FSDP …)."""
         bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if is_peft_model(bare) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            load_adapters(bare, checkpoint)
+            return True
         if not isinstance(bare, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return False
         saved, found = type(bare).from_pretrained(

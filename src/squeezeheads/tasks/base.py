@@ -74,6 +74,8 @@ class Task:
     """The metric of ``score`` by which the best student is kept, on the validation split."""
     selection_is_loss: ClassVar[bool] = False
     """Whether less of ``selection`` is better."""
+    adapters: ClassVar[bool] = True
+    """Whether a student may be an adapter of a pretrained model (PEFT)."""
     measuring: ClassVar[frozenset[str]] = frozenset()
     """Keys of the recipe that matter to ``measure`` alone, neither to data nor to training: a finished model may be
     measured anew with others."""

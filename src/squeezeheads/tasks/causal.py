@@ -88,7 +88,8 @@ def check_causal(model: PreTrainedModel, batch: Mapping[str, Tensor], whose: str
     """
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    if type(model).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+    bare = model.get_base_model() if hasattr(model, "get_base_model") else model  # of an adapter
+    if type(bare).__name__ not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         return
     ids = batch["input_ids"][0]
     if "attention_mask" in batch:

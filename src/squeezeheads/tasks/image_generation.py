@@ -74,6 +74,7 @@ class ImageGeneration(Task):
     metric: ClassVar[str] = "noise_error"
     selection: ClassVar[str] = "noise_error"
     selection_is_loss: ClassVar[bool] = True
+    adapters: ClassVar[bool] = False  # a diffusers pipeline loads none
     measuring: ClassVar[frozenset[str]] = frozenset({"sampling", "classifier"})
 
     def __post_init__(self) -> None:
