@@ -111,11 +111,31 @@ class ModelSpec:
 
 
 @dataclass
+class CacheSpec:
+    """A teacher's predictions for the training data, written once and read in its place."""
+
+    k: int | None
+    """Logits kept of each prediction, the greatest; null keeps all."""
+    folder: str | None = None
+    """Where they lie; several runs with the same teacher may name the same. Left out: teacher-cache under output."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which numbers the logits are stored."""
+
+    def __post_init__(self) -> None:
+        if self.k is not None and self.k < 1:
+            raise ValueError(f"k={self.k}: expected at least 1, or null for all logits.")
+        if self.folder is not None and not self.folder.strip():
+            raise ValueError(f"folder={self.folder!r}: expected the path of a folder.")
+
+
+@dataclass
 class TeacherSpec(ModelSpec):
     """The teacher: pretrained, trained at the start of the run, or both: a pretrained model that is trained further."""
 
     training: TrainingSpec | None = None
     """How it is trained at the start of the run; needed without path."""
+    cache: CacheSpec | None = None
+    """For objectives on logits alone, and data that are the same in every epoch: learn from its stored predictions."""
 
     def check(self, key: str) -> None:
         """

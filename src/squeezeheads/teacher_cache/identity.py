@@ -119,8 +119,8 @@ def teacher_fingerprint(teacher: nn.Module) -> str:
 
     Not part of it: where it was loaded from, the attention kernel, hooks.
     """
-    digest = hashlib.sha256(type(teacher).__name__.encode())
-    config = getattr(teacher, "config", None)
+    digest: Any = hashlib.sha256(type(teacher).__name__.encode())
+    config: Any = getattr(teacher, "config", None)
     if hasattr(config, "to_dict"):
         options = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
         digest.update(json.dumps(options, sort_keys=True, default=str).encode())
