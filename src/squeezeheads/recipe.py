@@ -114,8 +114,9 @@ class ModelSpec:
 class CacheSpec:
     """A teacher's predictions for the training data, written once and read in its place."""
 
-    k: int | None
-    """Logits kept of each prediction, the greatest; null keeps all."""
+    k: int | None = None
+    """Logits kept of each prediction, the greatest; left out, all: exact, and a whole vocabulary on the disk for every
+    token."""
     folder: str | None = None
     """Where they lie; several runs with the same teacher may name the same. Left out: teacher-cache under output."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"

@@ -93,7 +93,12 @@ def cached_teacher(
         raise ValueError(f"teacher {name!r} is not to be cached.")
     folder = cache_folder(recipe, name, spec)
     temperatures = {getattr(o, "temperature", 1.0) for o in _learning_from(recipe, name).values()} or {1.0}
-    console.print(f"{name}: predictions for {len(splits.train)} training samples → {folder}", highlight=False)
+    console.print(
+        f"{name}: predictions for {len(splits.train)} training samples → {folder}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
     batches = task.batches(splits.train, recipe.training.batch_size, teacher.device)
     try:
         with _autocast(args):
@@ -106,7 +111,9 @@ def cached_teacher(
     console.print(
         f"{name}: {cache.predictions} predictions of {cache.samples} samples, {cache.bytes / 2**20:.1f} MiB; mean "
         f"probability kept: {kept}",
+        markup=False,
         highlight=False,
+        soft_wrap=True,
     )
     return cache
 

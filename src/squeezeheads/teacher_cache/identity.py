@@ -16,8 +16,11 @@ KEY_BYTES = 32
 
 # Inputs with an entry a token, of which padding is no part.
 _PER_TOKEN = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
-# What a configuration says of its file and of the kernel, not of the model.
-_INCIDENTAL = ("_name_or_path", "transformers_version", "_attn_implementation", "attn_implementation", "use_cache")
+# What a configuration says of its file and of the kernel, not of the model; class and number types are seen otherwise.
+_INCIDENTAL = {
+    "_name_or_path", "transformers_version", "architectures", "dtype", "torch_dtype", "use_cache",
+    "_attn_implementation", "attn_implementation", "_attn_implementation_internal", "_attn_implementation_autoset",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,16 @@ def teacher_fingerprint(teacher: nn.Module) -> str:
     digest: Any = hashlib.sha256(type(teacher).__name__.encode())
     config: Any = getattr(teacher, "config", None)
     if hasattr(config, "to_dict"):
-        options = {key: value for key, value in config.to_dict().items() if key not in _INCIDENTAL}
-        digest.update(json.dumps(options, sort_keys=True, default=str).encode())
+        digest.update(json.dumps(_essential(config.to_dict()), sort_keys=True, default=str).encode())
     for name, value in sorted(teacher.state_dict().items()):
         if isinstance(value, Tensor):
             numbers = value.detach().cpu().contiguous()
             digest.update(f"\n{name} {numbers.dtype} {tuple(numbers.shape)}\n".encode())
             digest.update(numbers.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def _essential(options: Any) -> Any:
+    if isinstance(options, dict):
+        return {str(key): _essential(value) for key, value in options.items() if key not in _INCIDENTAL}
+    return [_essential(value) for value in options] if isinstance(options, list | tuple) else options
