@@ -2,16 +2,16 @@
 
     python -m benchmarks.teacher_cache     # some minutes; writes results/speed/teacher-cache.json
 
-Time: the models of ``gpt2-512`` in ``benchmarks.step`` (GPT-2 small → 12 layers, width 384, 6 heads, one sequence of 512
-tokens, random weights), task loss and logit KD; all versions take turns, live teacher is 1. ``no teacher`` is the task
-loss alone: what is left when a teacher costs nothing.
+Time: the models of ``gpt2-512`` in ``benchmarks.step`` (GPT-2 small → 12 layers, width 384, 6 heads, one sequence of
+512 tokens, random weights), task loss and logit KD; all versions take turns, live teacher is 1. ``no teacher`` is the
+task loss alone: what is left when a teacher costs nothing.
 
 Error: SmolLM2-135M (``make assets``) on Python files of the standard library. Its predictions are stored with k of
-49,152 logits and compared with the live ones, for two students: ``untrained``, which finds all tokens equally likely, and
-``near``, the teacher itself with noise on its weights (a tenth of each weight's own size). ``kl``: forward KL from the
-live teacher, nats per prediction; ``kl_short``: by how much it is less from the cache; ``gradient_off``: the sum over the
-vocabulary of what the gradient by a prediction's scores differs by, as a share of the live gradient's sum; means over
-predictions.
+49,152 logits and compared with the live ones, for two students: ``untrained``, which finds all tokens equally likely,
+and ``near``, the teacher itself with noise on its weights (a tenth of each weight's own size). ``kl``: forward KL from
+the live teacher, nats per prediction; ``kl_short``: by how much it is less from the cache; ``gradient_off``: the sum
+over the vocabulary of what the gradient by a prediction's scores differs by, as a share of the live gradient's sum;
+means over predictions.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def smollm2() -> tuple[nn.Module, Tensor]:
 
     folder = smollm2_folder()
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
     files = [file for file in stdlib_files() if file.stat().st_size > 8000][::40][:2]
     ids = [tokenizer(file.read_text(encoding="utf-8")[:4000]).input_ids[:256] for file in files]
     return model.eval().requires_grad_(False), torch.tensor(ids)
@@ -163,9 +163,10 @@ def main() -> None:
     result.pop("run", None)
     if "time" in parts:
         result["times"] = times(chosen.rounds)
+        write_result(FILE, result)
     if "error" in parts:
         result["errors"], result["sizes"] = errors()
-    write_result(FILE, result)
+        write_result(FILE, result)
 
 
 if __name__ == "__main__":
