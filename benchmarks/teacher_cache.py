@@ -1,6 +1,7 @@
 """What an offline teacher saves and costs: time of a training step, bytes on the disk, error by logits kept.
 
-    python -m benchmarks.teacher_cache     # some minutes; writes results/speed/teacher-cache.json
+    python -m benchmarks.teacher_cache            # some minutes; writes results/speed/teacher-cache.json
+    python -m benchmarks.teacher_cache --page     # tables of docs/offline-teacher.md
 
 Time: the models of ``gpt2-512`` in ``benchmarks.step`` (GPT-2 small → 12 layers, width 384, 6 heads, one sequence of
 512 tokens, random weights), task loss and logit KD; all versions take turns, live teacher is 1. ``no teacher`` is the
@@ -28,14 +29,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import RESULTS, print_table, write_result
+from benchmarks.environment import RESULTS, ROOT, print_table, write_result
 from benchmarks.interleaved import interleaved
 from benchmarks.step import gpt2
+from benchmarks.study_page import between, markdown
 from squeezeheads import CachedTeacher, Distillation, LogitKD, TaskLoss, write_teacher_cache
 from squeezeheads.batches import next_token_targets
 from squeezeheads.objectives.token_chunks import mean_divergence
 
 FILE = RESULTS / "speed" / "teacher-cache.json"
+PAGE = ROOT / "docs" / "offline-teacher.md"
 KEPT = (1, 4, 16, 64, 256, 1024)
 STORED = ((16, torch.float32), (64, torch.float32), (64, torch.float16), (256, torch.float32), (None, torch.float32))
 LIVE = "live teacher"
@@ -75,17 +78,13 @@ def make_step(student: nn.Module, teacher: nn.Module | None, batch: dict[str, Te
 
 def smollm2() -> tuple[nn.Module, Tensor]:
     """The model, and (2, 256) tokens of Python files."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    from benchmarks.assets import SMOLLM2_FILE, smollm2_folder
+    from benchmarks.assets import load_smollm2
     from squeezeheads.tasks.text import stdlib_files
 
-    folder = smollm2_folder()
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=SMOLLM2_FILE, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=SMOLLM2_FILE)
+    model, tokenizer = load_smollm2()
     files = [file for file in stdlib_files() if file.stat().st_size > 8000][::40][:2]
     ids = [tokenizer(file.read_text(encoding="utf-8")[:4000]).input_ids[:256] for file in files]
-    return model.eval().requires_grad_(False), torch.tensor(ids)
+    return model.requires_grad_(False), torch.tensor(ids)
 
 
 def errors() -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -153,11 +152,35 @@ def error(
     }
 
 
+def write_page() -> None:
+    """The tables of docs/offline-teacher.md."""
+    found, text = json.loads(FILE.read_text()), PAGE.read_text(encoding="utf-8")
+    rows = [["k", "temperature", "student", "mass kept", "KL", "KL too small by", "gradient off by"]]
+    rows += [
+        [
+            str(e["k"]), f"{e['temperature']:g}", e["student"], f"{100 * e['mass_kept']:.1f} %", f"{e['kl']:.3f}",
+            f"{e['kl_short']:.3f}", f"{100 * e['gradient_off']:.1f} %",
+        ]
+        for e in found["errors"]
+    ]  # fmt: skip
+    text = between(PAGE, text, "cache error", markdown(rows))
+    rows = [["k", "stored as", "bytes a token"]]
+    rows += [[f"{e['k']:,}", e["dtype"], f"{e['bytes_a_token']:,.0f}"] for e in found["sizes"]]
+    text = between(PAGE, text, "cache size", markdown(rows))
+    rows = [["teacher", "step over that with the live teacher", "quartiles"]]
+    rows += [[e["version"], f"{e['ratio']:.2f}", "{:.2f}–{:.2f}".format(*e["quartiles"])] for e in found["times"]]
+    PAGE.write_text(between(PAGE, text, "cache time", markdown(rows)), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--part", choices=("time", "error"), action="append", help="default: both")
+    parser.add_argument("--page", action="store_true", help="measure nothing; write the documentation's tables")
     chosen = parser.parse_args()
+    if chosen.page:
+        write_page()
+        return
     parts = chosen.part or ["time", "error"]
     result = json.loads(FILE.read_text()) if FILE.is_file() else {}
     result.pop("run", None)
