@@ -64,7 +64,7 @@ def test_a_run_from_the_cache_is_the_run_from_the_teacher(tmp_path, requests, ca
     """All logits: as near as the teacher is to itself in other batches. Few: others. Baselines bring a temperature."""
     baselines = {"kl": {"logits": {}}, "none": {"task": {}}}
     assert main(["distill", str(requests("live"))]) == 0
-    assert main(["distill", str(requests("all", teacher__cache={"k": None}))]) == 0
+    assert main(["distill", str(requests("all", teacher__cache={"k": "all"}))]) == 0
     assert main(["distill", str(requests("few", teacher__cache={"k": 9}, baselines=baselines))]) == 0
     told = capsys.readouterr().out
     assert "mean probability kept: 1.0000 at temperature 2" in told
@@ -161,7 +161,7 @@ def two_teachers(tmp_path: Path, **changes) -> Path:
 
     tree = yaml.safe_load(path.read_text())
     del tree["teacher"]
-    tree["teachers"] = {"a": {**one, "cache": {"k": None}}, "b": one}
+    tree["teachers"] = {"a": {**one, "cache": {}}, "b": one}
     return write_recipe(path, tree, changes)
 
 
@@ -178,7 +178,7 @@ def test_the_mean_needs_all_logits(tmp_path, capsys):
     path = two_teachers(tmp_path, teachers__a__cache={"k": 3})
     assert main(["distill", str(path)]) == 2
     told = " ".join(capsys.readouterr().err.split())
-    assert "objectives.logits averages the logits of several teachers" in told and "teachers.a.cache.k to null" in told
+    assert "objectives.logits averages the logits of several teachers" in told and "teachers.a.cache.k to all" in told
 
 
 def test_a_stopped_run_goes_on_with_its_cache(tmp_path, requests, monkeypatch):

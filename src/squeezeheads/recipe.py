@@ -114,18 +114,19 @@ class ModelSpec:
 class CacheSpec:
     """A teacher's predictions for the training data, written once and read in its place."""
 
-    k: int | None = None
-    """Logits kept of each prediction, the greatest; left out, all: exact, and a whole vocabulary on the disk for every
+    k: int | Literal["all"] = "all"
+    """Logits kept of each prediction, the greatest; "all" is exact, and puts a whole vocabulary on the disk for every
     token."""
-    folder: str | None = None
-    """Where they lie; several runs with the same teacher may name the same. Left out: teacher-cache under output."""
+    # No None: jsonargparse (4.53.0) reads null as the text "None" in an option within an option.
+    folder: str = ""
+    """Where they lie; several runs with the same teacher may name the same. Empty: teacher-cache under output."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """In which numbers the logits are stored."""
 
     def __post_init__(self) -> None:
-        if self.k is not None and self.k < 1:
-            raise ValueError(f"k={self.k}: expected at least 1, or null for all logits.")
-        if self.folder is not None and not self.folder.strip():
+        if isinstance(self.k, int) and self.k < 1:
+            raise ValueError(f"k={self.k}: expected at least 1, or all.")
+        if self.folder and not self.folder.strip():
             raise ValueError(f"folder={self.folder!r}: expected the path of a folder.")
 
 

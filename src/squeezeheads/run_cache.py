@@ -45,13 +45,13 @@ def check_caches(recipe: Recipe, vocabularies: Mapping[str, int | None]) -> None
                     f"{where} learns from more than predictions, and {key} keeps nothing else: leave {key} out, or "
                     f"{where}."
                 )
-            if objective.teacher is None and len(recipe.named_teachers) > 1 and spec.cache.k is not None:
+            if objective.teacher is None and len(recipe.named_teachers) > 1 and spec.cache.k != "all":
                 raise RecipeError(
-                    f"{where} averages the logits of several teachers, which needs all of each: set {key}.k to null, "
+                    f"{where} averages the logits of several teachers, which needs all of each: set {key}.k to all, "
                     f"or give {where} a teacher."
                 )
         vocabulary = vocabularies.get(name)
-        if spec.cache.k is not None and vocabulary is not None and spec.cache.k > vocabulary:
+        if isinstance(spec.cache.k, int) and vocabulary is not None and spec.cache.k > vocabulary:
             raise RecipeError(
                 f"{key}.k={spec.cache.k}: the teacher tells {vocabulary} apart, expected at most as many."
             )
@@ -92,6 +92,7 @@ def cached_teacher(
     if spec is None:
         raise ValueError(f"teacher {name!r} is not to be cached.")
     folder = cache_folder(recipe, name, spec)
+    k = spec.k if isinstance(spec.k, int) else None
     temperatures = {getattr(o, "temperature", 1.0) for o in _learning_from(recipe, name).values()} or {1.0}
     console.print(
         f"{name}: predictions for {len(splits.train)} training samples → {folder}",
@@ -103,7 +104,7 @@ def cached_teacher(
     try:
         with _autocast(args):
             cache = write_teacher_cache(
-                teacher, batches, folder, k=spec.k, temperatures=sorted(temperatures), dtype=getattr(torch, spec.dtype)
+                teacher, batches, folder, k=k, temperatures=sorted(temperatures), dtype=getattr(torch, spec.dtype)
             )
     except ValueError as error:
         raise RecipeError(f"{recipe.teacher_key(name)}.cache: {error}") from error
@@ -120,7 +121,7 @@ def cached_teacher(
 
 def cache_folder(recipe: Recipe, name: str, spec: CacheSpec) -> Path:
     """Where a teacher's cache lies."""
-    if spec.folder is not None:
+    if spec.folder:
         return Path(spec.folder)
     own = Path(recipe.output) / FOLDER
     return own if recipe.teacher is not None else own / name
