@@ -359,7 +359,7 @@ def test_stopped_writing_goes_on(tmp_path):
     with pytest.raises(ValueError, match=r"holds no index.json, but 3 shards: writing was stopped.*goes on"):
         CachedTeacher(folder)
     # As a kill during a shard leaves it, and as a machine without power may.
-    (folder / "shard-00003.safetensors.part").write_bytes(b"half")
+    (folder / "shard-00009.safetensors.part").write_bytes(b"half")
     third = folder / "shard-00002.safetensors"
     third.write_bytes(third.read_bytes()[:-5])
     untouched = (folder / "shard-00000.safetensors").stat().st_mtime_ns
@@ -396,9 +396,9 @@ def test_a_whole_cache_is_not_computed_again_and_grows(tmp_path):
     before = files(tmp_path / "c")
     write_teacher_cache(teacher, batches[:2], tmp_path / "c", k=3)
     assert teacher.batches == 2 and files(tmp_path / "c") == before
-    grown = write_teacher_cache(teacher, batches, tmp_path / "c", k=3)
-    assert teacher.batches == 3 and grown.samples == 12
     mixed = torch.cat([batches[2]["pixel_values"][:1], batches[0]["pixel_values"][-1:]])
+    grown = write_teacher_cache(teacher, [{"pixel_values": mixed}, *batches], tmp_path / "c", k=3)
+    assert teacher.batches == 4 and grown.samples == 12, "of batches that are stored in part, what is not"
     expected = teacher.eval()(pixel_values=mixed).logits.topk(3).values
     torch.testing.assert_close(grown(pixel_values=mixed).values, expected)
 
