@@ -140,6 +140,7 @@ def test_adapters_are_drawn_by_the_seed(write):
         ({"student__lora": None}, "teacher.base_of_student without student.lora"),
         ({"teacher__path": "x"}, "teacher.base_of_student and teacher.path name two models"),
         ({"teacher__training": {}}, "teacher.base_of_student and teacher.training name two models"),
+        ({"teacher__cache": {"k": 4}}, "teacher.base_of_student and teacher.cache"),
         ({"student__lora__r": 0}, "student.lora.r=0: expected at least 1"),
         ({"student__lora__alpha": 0}, "student.lora.alpha=0.* above 0"),
         ({"student__lora__dropout": 1.0}, "student.lora.dropout=1.0"),

@@ -31,6 +31,7 @@ from squeezeheads.objectives import (
 from squeezeheads.pairing import pair_layers
 from squeezeheads.recording import AttentionRecording, RecordingError, record_attention
 from squeezeheads.squeezing import attention_energy, calibrate_groups, group_heads, mixing_matrix, squeezing_residual
+from squeezeheads.teacher_cache import CachedTeacher, write_teacher_cache
 
 if TYPE_CHECKING:
     from squeezeheads.on_policy import SqueezeDistillationTrainer
@@ -43,6 +44,7 @@ __all__ = [
     "AttentionMSE",
     "AttentionRecord",
     "AttentionRecording",
+    "CachedTeacher",
     "DeiTHard",
     "DeiTSoft",
     "Distillation",
@@ -68,6 +70,7 @@ __all__ = [
     "record_attention",
     "squeezed_attention_loss",
     "squeezing_residual",
+    "write_teacher_cache",
 ]
 
 # Module of each name that needs more than the core, and the extra that brings it.

@@ -20,6 +20,7 @@ from squeezeheads.batches import (
 )
 from squeezeheads.objectives import Evidence, Objective
 from squeezeheads.recording import record_attention
+from squeezeheads.teacher_cache import CachedTeacher
 from squeezeheads.token_layout import known_layout
 
 
@@ -51,8 +52,9 @@ class Distillation:
     needs them). Only planned attention layers are recorded.
 
     Args:
-        teacher: any model; or several by name; ``None`` if no objective needs one. With several, an objective learns
-            from the one that its ``teacher`` names; logit objectives that name none, from the mean of all logits.
+        teacher: any model, or a ``CachedTeacher`` for objectives on logits; or several by name; ``None`` if no
+            objective needs one. With several, an objective learns from the one that its ``teacher`` names; logit
+            objectives that name none, from the mean of all logits.
         objectives: name → objective. Values are reported under these names.
         rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding. Where the
             teacher has other special tokens, these are the student's rows.
@@ -63,7 +65,7 @@ class Distillation:
             counts nothing either way.
 
     Raises:
-        ValueError: no objective, or one whose teacher is not there or not named.
+        ValueError: no objective, or one whose teacher is not there, not named, or a cache that lacks what it needs.
     """
 
     def __init__(
@@ -84,6 +86,10 @@ class Distillation:
         self.loss_takes_count = loss_takes_count
         # The teachers of each objective, by name.
         self._sources = {name: _sources(name, objective, self.teachers) for name, objective in objectives.items()}
+        for name, sources in self._sources.items():
+            for teacher in (self.teachers[source] for source in sources):
+                if isinstance(teacher, CachedTeacher):
+                    teacher.check(name, self.objectives[name], alone=len(sources) == 1)
 
     @property
     def prepared(self) -> bool:

@@ -101,6 +101,15 @@ class Models:
                 "it out, and the whole student is trained."
             )
 
+    @property
+    def vocabularies(self) -> dict[str, int | None]:
+        """How many classes or tokens each teacher predicts, by name; ``None`` where its configuration does not say."""
+        found: dict[str, int | None] = {}
+        for name, config in self.teacher_configs.items():
+            text = config.get_text_config() if hasattr(config, "get_text_config") else config
+            found[name] = getattr(text, "vocab_size", None) or getattr(config, "num_labels", None)
+        return found
+
     def new_teacher(self, name: str) -> PreTrainedModel:
         """The pretrained teacher, or one with random weights."""
         spec = self.recipe.named_teachers[name]

@@ -126,6 +126,26 @@ class StudentSpec(ModelSpec):
 
 
 @dataclass
+class CacheSpec:
+    """A teacher's predictions for the training data, written once and read in its place."""
+
+    k: int | Literal["all"] = "all"
+    """Logits kept of each prediction, the greatest; "all" is exact, and puts a whole vocabulary on the disk for every
+    token."""
+    # No None: jsonargparse (4.53.0) reads null as the text "None" in an option within an option.
+    folder: str = ""
+    """Where they lie; several runs with the same teacher may name the same. Empty: teacher-cache under output."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """In which numbers the logits are stored."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.k, int) and self.k < 1:
+            raise ValueError(f"k={self.k}: expected at least 1, or all.")
+        if self.folder and not self.folder.strip():
+            raise ValueError(f"folder={self.folder!r}: expected the path of a folder.")
+
+
+@dataclass
 class TeacherSpec(ModelSpec):
     """The teacher: pretrained, trained at the start of the run, or both: a pretrained model that is trained further."""
 
@@ -133,6 +153,8 @@ class TeacherSpec(ModelSpec):
     """How it is trained at the start of the run; needed without path."""
     base_of_student: bool = False
     """The teacher is the model that the student's lora adapts, run with the adapters off and not held a second time."""
+    cache: CacheSpec | None = None
+    """For objectives on logits alone, and data that are the same in every epoch: learn from its stored predictions."""
 
     def check(self, key: str) -> None:
         """
@@ -144,6 +166,11 @@ class TeacherSpec(ModelSpec):
             given = [name for name in ("path", "config", "training") if getattr(self, name)]
             if given:
                 raise ValueError(f"{key}.base_of_student and {key}.{given[0]} name two models: leave one out.")
+            if self.cache is not None:
+                raise ValueError(
+                    f"{key}.base_of_student and {key}.cache: the student holds its base anyway, so that nothing would "
+                    f"be saved. Leave one out, or name the base by {key}.path."
+                )
             return
         if self.path is None and self.training is None:
             raise ValueError(

@@ -5,6 +5,7 @@
       tokenizer/           the tokenizer, if it was learned here
       data.json            number and SHA-256 of each split's samples: later starts must find the same
       teacher/             result.json, and the teacher if it was trained here; with several teachers/NAME
+      teacher-cache/       an offline teacher's predictions, if the recipe asks for them; with several NAME below
       plan.json            which layers and heads go together, by objective
       students/NAME/seed-N the students, plain checkpoints, each with its result.json
       student/             the best distilled student on the validation split
@@ -24,6 +25,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import nn
 from transformers import PreTrainedModel, PrinterCallback
@@ -46,6 +48,7 @@ from squeezeheads.recipe import DISTILLED, Recipe, TeacherSpec, TrainingSpec, du
 from squeezeheads.reports.figures import attention_figures
 from squeezeheads.reports.progress import ProgressBar
 from squeezeheads.reports.tables import plan_table, result_markdown, result_table
+from squeezeheads.run_cache import cached_teacher, check_caches
 from squeezeheads.run_folder import (
     DATA_FILE,
     PLAN_FILE,
@@ -86,6 +89,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     check_training(recipe)
     models, splits = models_and_data(recipe, console)
     prints = check_data(models.task, splits, output)
+    check_caches(recipe, models.vocabularies)
     check_models(models, recipe, splits)
     output.mkdir(parents=True, exist_ok=True)
     store_json(output / "recipe.json", dump_recipe(recipe))
@@ -128,6 +132,8 @@ class _Run:
         self.splits = splits
         self.output = output
         self.console = console
+        self.device = torch.device("cpu")
+        """Of the models, once teachers are trained."""
         self.teachers: dict[str, nn.Module] = {}
         """But for a student's own base: that is held once, in each student."""
         self.yardsticks: dict[str, SqueezedHeads] = {}
@@ -147,12 +153,18 @@ class _Run:
         }
 
     def train_teachers(self) -> None:
-        """Load or train each teacher, and measure it."""
+        """Load or train each teacher, and measure it; one that is cached gives way to its cache."""
+        args = training_arguments(self.recipe.training, "training", self.output, self.recipe.seeds[0])
+        self.device = args.device
         for name, spec in self.recipe.named_teachers.items():
             if spec.base_of_student and (teacher_folder(self.recipe, name) / "result.json").is_file():
                 continue
             teacher = self._teacher(name, spec)
-            if not spec.base_of_student:
+            if spec.cache is not None:
+                self.teachers[name] = cached_teacher(
+                    self.task, self.recipe, name, teacher, self.splits, args, self.console
+                )
+            elif not spec.base_of_student:
                 self.teachers[name] = teacher
 
     def _teacher(self, name: str, spec: TeacherSpec) -> PreTrainedModel:
@@ -237,8 +249,7 @@ class _Run:
         """Pictures of the best student's attention beside its teachers'."""
         if not self.yardsticks:
             return
-        device = training_arguments(self.recipe.training, "training", self.output, self.recipe.seeds[0]).device
-        implementation = self.recipe.student.attn_implementation
+        device, implementation = self.device, self.recipe.student.attn_implementation
         student = load_model(self.task.load, str(self.output / "student"), implementation).to(device)
         teachers = self.teachers_of(student)
         (batch, *_) = self.task.batches([self.splits.test[i] for i in range(min(8, len(self.splits.test)))], 8, device)

@@ -10,6 +10,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from squeezeheads.attention import AttentionRecord
+from squeezeheads.stored_logits import StoredLogits
 from squeezeheads.token_layout import Layout
 
 
@@ -55,6 +56,8 @@ class Objective:
     """What the mean is taken over: query rows or predictions. Parts of a batch are weighed by their count."""
     unit: ClassVar[str] = ""
     """Unit and denominator of the value."""
+    takes_stored_logits: ClassVar[bool] = False
+    """Whether the teacher's part of the evidence may be ``StoredLogits``, from a cache."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight >= 0):
@@ -167,6 +170,15 @@ def logits_of(outputs: Any, whose: str) -> Tensor:
             f"the {whose} returned {type(outputs).__name__} without logits: expected an output with logits."
         )
     return logits
+
+
+def teacher_logits_of(outputs: Any) -> Tensor | StoredLogits:
+    """The logits in a teacher's outputs, detached, or what a cache holds of them.
+
+    Raises:
+        TypeError: there are none.
+    """
+    return outputs if isinstance(outputs, StoredLogits) else logits_of(outputs, "teacher").detach()
 
 
 def output_named(outputs: Any, name: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,8 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from squeezeheads.objectives.base import Evidence, Objective, logits_of
+from squeezeheads.objectives.base import Evidence, Objective, teacher_logits_of
 from squeezeheads.objectives.distillation_head import distillation_logits_of
+from squeezeheads.stored_logits import StoredLogits
 
 
 @dataclass
@@ -27,6 +29,7 @@ class DeiTHard(Objective):
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher_logits"})
     unit: ClassVar[str] = "nats per prediction"
+    takes_stored_logits: ClassVar[bool] = True
 
     def __call__(self, evidence: Evidence) -> Tensor:
         """Mean over the predictions that count; 0 where none does.
@@ -37,15 +40,29 @@ class DeiTHard(Objective):
         """
         logits = distillation_logits_of(evidence.student).float()
         outputs = evidence.teacher if isinstance(evidence.teacher, list) else [evidence.teacher]
-        taught = [logits_of(output, "teacher").detach() for output in outputs]
+        taught = [teacher_logits_of(output) for output in outputs]
         for other in taught:
             if other.shape != logits.shape:
                 raise ValueError(
                     f"student logits {tuple(logits.shape)} and teacher logits {tuple(other.shape)} differ: the "
                     "teacher's decision is no label for other classes."
                 )
-        decided = torch.stack([t.float() for t in taught]).mean(0).argmax(-1)
+        decided = _decided(taught)
         if evidence.targets is None:
             return F.cross_entropy(logits, decided)
         losses = F.cross_entropy(logits, decided, reduction="none") * evidence.targets
         return losses.sum() / evidence.targets.sum().clamp_min(1)
+
+
+def _decided(taught: Sequence[Tensor | StoredLogits]) -> Tensor:
+    """The class that the teachers' mean finds likeliest."""
+    if len(taught) == 1 and isinstance(taught[0], StoredLogits):
+        return taught[0].decisions()
+    everywhere = torch.unravel_index(torch.arange(taught[0].shape[:-1].numel()), taught[0].shape[:-1])
+    whole = [
+        t.logits(tuple(i.to(t.values.device) for i in everywhere), torch.float32).view(t.shape)
+        if isinstance(t, StoredLogits)
+        else t.float()
+        for t in taught
+    ]
+    return torch.stack(whole).mean(0).argmax(-1)

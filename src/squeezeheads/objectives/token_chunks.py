@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from squeezeheads.objectives.base import Evidence, Objective, logits_of
+from squeezeheads.objectives.base import Evidence, Objective, logits_of, teacher_logits_of
+from squeezeheads.stored_logits import StoredLogits
 from squeezeheads.tiling import slices
 
 CHUNK_BYTES = 8 * 2**20
@@ -35,6 +36,7 @@ class LogitObjective(Objective):
 
     needs: ClassVar[frozenset[str]] = frozenset({"teacher_logits"})
     unit: ClassVar[str] = "nats per prediction"
+    takes_stored_logits: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -59,7 +61,7 @@ class LogitObjective(Objective):
         outputs = evidence.teacher if isinstance(evidence.teacher, list) else [evidence.teacher]
         return mean_divergence(
             logits_of(evidence.student, "student"),
-            [logits_of(output, "teacher") for output in outputs],
+            [teacher_logits_of(output) for output in outputs],
             self.divergence,
             temperature=self.temperature,
             targets=evidence.targets,
@@ -68,7 +70,7 @@ class LogitObjective(Objective):
 
 def mean_divergence(
     student: Tensor,
-    teachers: Sequence[Tensor],
+    teachers: Sequence[Tensor | StoredLogits],
     divergence: Divergence,
     *,
     temperature: float = 1.0,
@@ -83,7 +85,8 @@ def mean_divergence(
 
     Args:
         student: (…, V) logits.
-        teachers: logits of the same shape from each teacher; their mean is the target. They get no gradient.
+        teachers: logits of the same shape from each teacher, or what a cache holds of them; their mean is the target.
+            They get no gradient. Of what a cache left out see ``StoredLogits``.
         divergence: which one, see ``Divergence``.
         temperature: divides all logits.
         targets: (…) bool, predictions that count; ``None`` counts all.
@@ -93,7 +96,7 @@ def mean_divergence(
         Scalar in the compute type; 0 (with a gradient of 0) where no prediction counts.
 
     Raises:
-        ValueError: shapes that differ, logits of one dimension.
+        ValueError: shapes that differ, logits of one dimension; stored logits that lack what is asked for.
     """
     for teacher in teachers:
         if teacher.shape != teachers[0].shape:
@@ -114,14 +117,14 @@ def mean_divergence(
             f"prediction, {tuple(student.shape[:-1])}."
         )
     wants = torch.is_grad_enabled() and student.requires_grad
-    problem = _Problem([t.detach() for t in teachers], divergence, temperature, targets, chunk_bytes, wants)
+    problem = _Problem([_detached(t) for t in teachers], divergence, temperature, targets, chunk_bytes, wants)
     value: Tensor = _MeanDivergence.apply(student, problem)
     return value
 
 
 @dataclass(frozen=True)
 class _Problem:
-    teachers: Sequence[Tensor]
+    teachers: Sequence[Tensor | StoredLogits]
     divergence: Divergence
     temperature: float
     targets: Tensor | None
@@ -149,7 +152,7 @@ class _MeanDivergence(torch.autograd.Function):
         gradient = torch.zeros(student.shape, dtype=student.dtype, device=student.device) if problem.gradient else None
         for where in problem.chunks(student, work):
             log_student = _log_probabilities([student], where, work, problem.temperature)
-            log_teacher = _log_probabilities(problem.teachers, where, work, problem.temperature)
+            log_teacher = _log_taught(problem, where, log_student)
             value, by_score = problem.divergence(log_student, log_teacher, problem.gradient)
             total += value
             count += len(where[0])
@@ -196,11 +199,26 @@ def _rows_in(chunk_bytes: int, classes: int, dtype: torch.dtype) -> int:
     return max(chunk_bytes // max(classes * dtype.itemsize, 1), 1)
 
 
+def _detached(teacher: Tensor | StoredLogits) -> Tensor | StoredLogits:
+    return teacher if isinstance(teacher, StoredLogits) else teacher.detach()
+
+
+def _log_taught(problem: _Problem, where: tuple[Tensor, ...], log_student: Tensor) -> Tensor:
+    """(n, V) the teachers' log-probabilities. What a cache left out depends on the student's."""
+    if len(problem.teachers) == 1 and isinstance(problem.teachers[0], StoredLogits):
+        return problem.teachers[0].log_probabilities(where, log_student, problem.temperature)
+    return _log_probabilities(problem.teachers, where, log_student.dtype, problem.temperature)
+
+
+def _logits_at(logits: Tensor | StoredLogits, where: tuple[Tensor, ...], dtype: torch.dtype) -> Tensor:
+    return logits.logits(where, dtype) if isinstance(logits, StoredLogits) else logits[where].to(dtype)
+
+
 def _log_probabilities(
-    logits: Sequence[Tensor], where: tuple[Tensor, ...], dtype: torch.dtype, temperature: float
+    logits: Sequence[Tensor | StoredLogits], where: tuple[Tensor, ...], dtype: torch.dtype, temperature: float
 ) -> Tensor:
     """(n, V) log-softmax of the mean of ``logits`` at ``where``, at a temperature."""
-    mean = logits[0][where].to(dtype)
+    mean = _logits_at(logits[0], where, dtype)
     for other in logits[1:]:
-        mean += other[where].to(dtype)
+        mean += _logits_at(other, where, dtype)
     return mean.div_(temperature * len(logits)).log_softmax(-1)

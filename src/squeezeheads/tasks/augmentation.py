@@ -68,6 +68,12 @@ class Augmentation:
                 raise ValueError(f"{name}={span}: expected [from, to], above 0{top}.")
 
     @property
+    def changes(self) -> list[str]:
+        """The options by which images are changed; smoothed labels leave them as they are."""
+        named = ("flip", "rand_augment", "erasing", "mixup", "cutmix")
+        return [*(["crop"] if self.crop != "none" else []), *(name for name in named if getattr(self, name))]
+
+    @property
     def mixes_labels(self) -> bool:
         """Whether labels become probabilities over classes."""
         return bool(self.mixup or self.cutmix or self.label_smoothing)

@@ -109,6 +109,12 @@ class Task:
         raise NotImplementedError
 
     @property
+    def random_inputs(self) -> str | None:
+        """What makes an input of training another one each time its sample is seen, for messages; ``None`` where it is
+        always the same. What a teacher says of inputs that never come twice cannot be kept."""
+        return None
+
+    @property
     def columns(self) -> tuple[str, ...]:
         """The metrics of ``measure`` that the table shows, the main one first."""
         return (self.metric, *self.shown)

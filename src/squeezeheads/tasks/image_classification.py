@@ -117,6 +117,11 @@ class ImageClassification(Task):
             raise RuntimeError("load_data comes first: it finds out size, channels and classes of the images.")
         return self._view
 
+    @property
+    def random_inputs(self) -> str | None:
+        changes = self.augmentation.changes
+        return f"task.image_classification.augmentation ({', '.join(changes)}) draws anew" if changes else None
+
     # -- data --------------------------------------------------------------------------------------------------------
 
     def load_data(self, pretrained: Pretrained) -> Splits:

@@ -101,6 +101,10 @@ class ImageGeneration(Task):
 
     # -- data --------------------------------------------------------------------------------------------------------
 
+    @property
+    def random_inputs(self) -> str | None:
+        return "image generation draws noise and its step anew"
+
     def load_data(self, pretrained: Pretrained) -> Splits:
         """Images or latents and their classes, each with a seed for its draws."""
         from squeezeheads.diffusion.draws import SeededImages

@@ -1,0 +1,134 @@
+"""Offline teachers of a run: their predictions for the training data written once, and read in their place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from transformers import PreTrainedModel, TrainingArguments
+
+from squeezeheads.errors import RecipeError
+from squeezeheads.objectives import Objective
+from squeezeheads.recipe import DISTILLED, CacheSpec, Recipe
+from squeezeheads.tasks import Splits, Task
+from squeezeheads.teacher_cache import CachedTeacher, write_teacher_cache
+
+FOLDER = "teacher-cache"
+
+
+def check_caches(recipe: Recipe, vocabularies: Mapping[str, int | None]) -> None:
+    """Whether the teachers that are to be cached can be: before any training.
+
+    Args:
+        vocabularies: how many classes or tokens each teacher tells apart, by name, where its configuration says so.
+
+    Raises:
+        RecipeError: inputs that are drawn anew each time they are seen; an objective that needs more than logits, or
+            the mean of several teachers' logits of which not all are kept; more logits than there are.
+    """
+    for name, spec in recipe.named_teachers.items():
+        if spec.cache is None:
+            continue
+        key = f"{recipe.teacher_key(name)}.cache"
+        drawn = recipe.chosen_task.random_inputs
+        if drawn is not None:
+            raise RecipeError(
+                f"{key}: {drawn}, so no input of training comes twice and none would be found in the cache. Turn "
+                f"that off where it can be, or leave {key} out."
+            )
+        for where, objective in _learning_from(recipe, name).items():
+            if not objective.takes_stored_logits:
+                raise RecipeError(
+                    f"{where} learns from more than predictions, and {key} keeps nothing else: leave {key} out, or "
+                    f"{where}."
+                )
+            if objective.teacher is None and len(recipe.named_teachers) > 1 and spec.cache.k != "all":
+                raise RecipeError(
+                    f"{where} averages the logits of several teachers, which needs all of each: set {key}.k to all, "
+                    f"or give {where} a teacher."
+                )
+        vocabulary = vocabularies.get(name)
+        if isinstance(spec.cache.k, int) and vocabulary is not None and spec.cache.k > vocabulary:
+            raise RecipeError(
+                f"{key}.k={spec.cache.k}: the teacher tells {vocabulary} apart, expected at most as many."
+            )
+
+
+def _learning_from(recipe: Recipe, name: str) -> dict[str, Objective]:
+    """Objectives of all students that learn from a teacher, by their key in the recipe."""
+    found = {}
+    for arm, objectives in recipe.arms.items():
+        where = "objectives" if arm == DISTILLED else f"baselines.{arm}"
+        for key, objective in objectives.items():
+            if objective.needs and objective.teacher in (None, name):
+                found[f"{where}.{key}"] = objective
+    return found
+
+
+def cached_teacher(
+    task: Task,
+    recipe: Recipe,
+    name: str,
+    teacher: PreTrainedModel,
+    splits: Splits,
+    args: TrainingArguments,
+    console: Console,
+) -> CachedTeacher:
+    """The teacher's cache: written, or taken up where an earlier start or another run left it.
+
+    Its temperatures are those of the objectives that learn from this teacher. The teacher runs in the precision of the
+    students' training.
+
+    Args:
+        args: of the students' training.
+
+    Raises:
+        RecipeError: the folder that the recipe names holds a cache of another teacher or with other settings.
+    """
+    spec = recipe.named_teachers[name].cache
+    if spec is None:
+        raise ValueError(f"teacher {name!r} is not to be cached.")
+    folder = cache_folder(recipe, name, spec)
+    k = spec.k if isinstance(spec.k, int) else None
+    temperatures = {getattr(o, "temperature", 1.0) for o in _learning_from(recipe, name).values()} or {1.0}
+    console.print(
+        f"{name}: predictions for {len(splits.train)} training samples → {folder}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    batches = task.batches(splits.train, recipe.training.batch_size, teacher.device)
+    try:
+        with _autocast(args):
+            cache = write_teacher_cache(
+                teacher, batches, folder, k=k, temperatures=sorted(temperatures), dtype=getattr(torch, spec.dtype)
+            )
+    except ValueError as error:
+        raise RecipeError(f"{recipe.teacher_key(name)}.cache: {error}") from error
+    kept = ", ".join(f"{mass['mean']:.4f} at temperature {t:g}" for t, mass in cache.mass_kept.items())
+    console.print(
+        f"{name}: {cache.predictions} predictions of {cache.samples} samples, {cache.bytes / 2**20:.1f} MiB; mean "
+        f"probability kept: {kept}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    return cache
+
+
+def cache_folder(recipe: Recipe, name: str, spec: CacheSpec) -> Path:
+    """Where a teacher's cache lies."""
+    if spec.folder:
+        return Path(spec.folder)
+    own = Path(recipe.output) / FOLDER
+    return own if recipe.teacher is not None else own / name
+
+
+def _autocast(args: TrainingArguments) -> AbstractContextManager[object]:
+    """Mixed precision, as a live teacher would run."""
+    if not (args.bf16 or args.fp16):
+        return nullcontext()
+    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
