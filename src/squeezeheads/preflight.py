@@ -71,6 +71,30 @@ REFUSED = {
 OWN_KEYS = "the run sets it itself, from output, seeds and the keys of training"
 
 
+def teacher_config(task: Task, recipe: Recipe, name: str) -> Any:
+    """A teacher's configuration.
+
+    Raises:
+        RecipeError: there is none, or one that no model can be made by; names the key.
+    """
+    spec, key = recipe.named_teachers[name], recipe.teacher_key(name)
+    if spec.path is None:
+        return task.new_config(spec.config, f"{key}.config")
+    return task.adapt_config(task.pretrained_config(spec.path, f"{key}.path"))
+
+
+def student_config(task: Task, recipe: Recipe, base: Any) -> Any:
+    """The student's, where it is new as changes to ``base``: the first teacher's.
+
+    Raises:
+        RecipeError: as in ``teacher_config``.
+    """
+    student = recipe.student
+    if student.path is None:
+        return task.new_config(student.config, "student.config", base)
+    return task.adapt_config(task.pretrained_config(student.path, "student.path"))
+
+
 @dataclass
 class Models:
     """How the models of a recipe are made."""
@@ -79,21 +103,9 @@ class Models:
     recipe: Recipe
 
     def __post_init__(self) -> None:
-        self.teacher_configs: dict[str, Any] = {}
-        for name, spec in self.recipe.named_teachers.items():
-            key = self.recipe.teacher_key(name)
-            if spec.path is None:
-                self.teacher_configs[name] = self.task.new_config(spec.config, f"{key}.config")
-            else:
-                self.teacher_configs[name] = self.task.adapt_config(
-                    self.task.pretrained_config(spec.path, f"{key}.path")
-                )
-        student = self.recipe.student
-        if student.path is None:
-            base = next(iter(self.teacher_configs.values()))
-            self.student_config = self.task.new_config(student.config, "student.config", base)
-        else:
-            self.student_config = self.task.adapt_config(self.task.pretrained_config(student.path, "student.path"))
+        names = self.recipe.named_teachers
+        self.teacher_configs: dict[str, Any] = {name: teacher_config(self.task, self.recipe, name) for name in names}
+        self.student_config = student_config(self.task, self.recipe, next(iter(self.teacher_configs.values())))
 
     def new_teacher(self, name: str) -> PreTrainedModel:
         """The pretrained teacher, or one with random weights."""
@@ -239,7 +251,7 @@ def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
         try:
             trial = Distillation(teachers, copy.deepcopy(objectives), rows=task.rows, targets=task.targets)
             trial.prepare(student, [passes[0]])
-            with _as_in_training(student, args), _autocast([*teachers.values(), student], args):
+            with as_in_training(student, args), _autocast([*teachers.values(), student], args):
                 torch.stack([trial(student, part).loss for part in passes]).sum().backward()
         except FOREIGN as error:
             raise RecipeError(f"{where}: {_told(error)}") from error
@@ -276,7 +288,7 @@ def _told(error: Exception) -> str:
 
 
 @contextmanager
-def _as_in_training(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
+def as_in_training(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
     """Training mode, layers checkpointed where the options say so."""
     if args.gradient_checkpointing:
         options = dict(args.gradient_checkpointing_kwargs or {})
