@@ -288,8 +288,12 @@ def _told(error: Exception) -> str:
 
 
 @contextmanager
-def as_in_training(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
-    """Training mode, layers checkpointed where the options say so."""
+def as_in_training(model: Any, args: Any) -> Iterator[None]:
+    """Training mode, layers checkpointed where the options say so.
+
+    Args:
+        args: ``TrainingArguments``, or what has its ``gradient_checkpointing`` and ``gradient_checkpointing_kwargs``.
+    """
     if args.gradient_checkpointing:
         options = dict(args.gradient_checkpointing_kwargs or {})
         apart = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}

@@ -15,7 +15,7 @@ nothing, leaves nothing behind. Exit code 0: go; 2: no go.
 
   RECIPE         a YAML file
   --json         the same as JSON
-  --memory SIZE  memory that there is for a training, as 16GiB: a batch too large for it is a problem. "device" takes the
+  --memory SIZE  memory that there is for a training, as 16GiB: a batch too large for it is a problem; "device": the
                  memory of the GPU, or of the machine where there is none
   --key VALUE    any key of the recipe, in place of what the file says; `squeezeheads distill --help` lists them
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from squeezeheads.run_folder import MADE
 from squeezeheads.tasks import Pretrained, Task
 from squeezeheads.tiling import DEVICE_TILE_BYTES, TILE_BYTES
 
+NOT_REENTRANT = {"use_reentrant": False}
 LARGEST_HALF = torch.finfo(torch.float16).max
 
 
@@ -207,7 +209,7 @@ class _Planning:
                 (*key.split("."), "attn_implementation"),
             )
             return
-        self.shapes[key] = shape = shape_of(model)
+        self.shapes[key] = shape = shape_of(model.to("meta"))  # a loss may hold numbers of its own
         with torch.device("meta"):
             batch = self.task.example(self.recipe.training.batch_size)
         taught = key == "student" or self._taught_from(key)
@@ -272,7 +274,7 @@ class _Planning:
         arms = {arm: [lesson for lesson in self.lessons if lesson.arm == arm] for arm in self.recipe.arms}
         dearest = max(arms.values(), key=lambda lessons: self._distillation_bytes(lessons)[0])
         self._note_memory("students", "training", "student", student, self.recipe.training, dearest)
-        again = bool(self.recipe.training.arguments.get("gradient_checkpointing"))
+        again = _checkpoints(self.recipe.training)
         for arm, lessons in arms.items():
             needed = dict.fromkeys(name for lesson in lessons for name in lesson.teachers)
             teachers = [self.shapes.get(self.recipe.teacher_key(name)) for name in needed]
@@ -298,12 +300,9 @@ class _Planning:
         with torch.device("meta"):
             batch = self.task.example(size)
         checkpointed = None
-        if spec.arguments.get("gradient_checkpointing"):
-            try:
-                arguments = training_arguments(spec, key, Path(self.recipe.output), TEACHER_SEED)
-            except RecipeError:
-                return  # told before
-            checkpointed = partial(as_in_training, args=arguments)
+        if _checkpoints(spec):
+            options = SimpleNamespace(gradient_checkpointing=True, gradient_checkpointing_kwargs=NOT_REENTRANT)
+            checkpointed = partial(as_in_training, args=options)
         try:
             activations = saved_bytes(shape.model, batch, spec.precision, checkpointed)
         except Exception as error:  # a model may ask for numbers, which shapes have none of
@@ -360,3 +359,8 @@ class _Planning:
                     (*key.split("."), "precision"),
                 )
                 return
+
+
+def _checkpoints(spec: TrainingSpec) -> bool:
+    """Whether layers run again in the backward pass in place of keeping what they made."""
+    return any(bool(spec.arguments.get(name)) for name in ("gradient_checkpointing", "activation_checkpointing"))

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from squeezeheads.attention import AttentionRecord
 from squeezeheads.batches import evaluating
+from squeezeheads.objectives.base import output_named
 from squeezeheads.recording import record_attention
 from squeezeheads.token_layout import Layout, known_layout
 
@@ -65,9 +66,7 @@ def try_forward(shape: Shape, batch: Mapping[str, Tensor], hidden_states: bool, 
     """
     inputs = {key: value for key, value in batch.items() if key != "labels"}
     asked = {"output_hidden_states": True} if hidden_states else {}
-    if getattr(getattr(shape.model, "config", None), "use_cache", False):
-        asked["use_cache"] = False
-    attention = _FusedAttention()
+    attention = _WithoutNumbers()
     with torch.device("meta"), torch.no_grad(), evaluating(shape.model), attention:
         with (
             FlopCounterMode(display=False) as products,
@@ -76,7 +75,9 @@ def try_forward(shape: Shape, batch: Mapping[str, Tensor], hidden_states: bool, 
             shape.outputs = shape.model(**inputs, **asked)
     shape.layers = list(recording)
     shape.forward_flops = products.get_total_flops() + attention.flops
-    shape.output_bytes = sum(size for size, _ in _storages(shape.outputs).values())
+    # What a distillation asks for: the cache of a language model, which is there too, is switched off by it.
+    told = [output_named(shape.outputs, name) for name in ("logits", "hidden_states")]
+    shape.output_bytes = sum(size for size, _ in _storages(told).values())
     shape.tried = True
 
 
@@ -116,7 +117,7 @@ def _saved(model: nn.Module, batch: Mapping[str, Tensor], precision: str) -> int
 
     numbers = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     training = model.training
-    with torch.device("meta"), torch.enable_grad(), _FusedAttention(), _MixedPrecision(numbers):
+    with torch.device("meta"), torch.enable_grad(), _WithoutNumbers(), _MixedPrecision(numbers):
         model.train()
         try:
             with saved_tensors_hooks(note, lambda tensor: tensor):
@@ -132,7 +133,7 @@ def _saved(model: nn.Module, batch: Mapping[str, Tensor], precision: str) -> int
 def _layer_states(model: nn.Module, batch: Mapping[str, Tensor]) -> list[int]:
     """Bytes of each layer's state (B, N, E), as checkpointing keeps them."""
     inputs = {key: value for key, value in batch.items() if key != "labels"}
-    with torch.device("meta"), torch.no_grad(), evaluating(model):
+    with torch.device("meta"), torch.no_grad(), evaluating(model), _WithoutNumbers():
         states = getattr(model(**inputs, output_hidden_states=True), "hidden_states", None) or ()
     return [state.numel() * state.element_size() for state in states[1:]]
 
@@ -147,19 +148,27 @@ def _storages(value: Any) -> dict[int, tuple[int, Any]]:
     return {key: found for part in parts for key, found in _storages(part).items()}
 
 
-class _FusedAttention(TorchFunctionMode):
-    """Attention as fused kernels do it, which the meta device has none of: nothing of rows × keys is kept."""
+class _WithoutNumbers(TorchFunctionMode):
+    """What models need and the meta device lacks. Attention as fused kernels do it: nothing of rows × keys is kept. And
+    an answer to "is all of it so?", as masks are asked whether no token is padding: yes, there is none here."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
+        self._asked: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func is not F.scaled_dot_product_attention:
-            return func(*args, **(kwargs or {}))
-        return self._attend(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func is F.scaled_dot_product_attention:
+            return self._attend(*args, **kwargs)
+        if func is Tensor.__bool__ and any(args[0] is tensor for tensor in self._asked):
+            return True
+        output = func(*args, **kwargs)
+        if func in (torch.all, Tensor.all) and isinstance(output, Tensor) and output.is_meta and not output.dim():
+            self._asked.append(output)
+        return output
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0,

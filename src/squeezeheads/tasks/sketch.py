@@ -50,6 +50,8 @@ class Sketch:
                         continue
                     files = find_files(source, patterns, key, *([expected] if expected else []))
                 except (OSError, ValueError) as error:  # what no file name can be
+                    if isinstance(error, RecipeError):
+                        raise
                     raise RecipeError(f"{key}: {source!r:.80} is no name of a file or folder: {error}") from error
                 if not Path(source).is_dir():
                     refuse_tables(files, key)
