@@ -195,7 +195,7 @@ class _Planning:
 
     def _make_model(self, key: str, config: Any) -> None:
         spec = self.specs[key]
-        dtype = spec.dtype
+        dtype: str = spec.dtype
         if dtype == "auto":
             saved = getattr(config, "dtype", None)
             dtype = str(saved).removeprefix("torch.") if isinstance(saved, torch.dtype) else "float32"

@@ -68,10 +68,8 @@ def try_forward(shape: Shape, batch: Mapping[str, Tensor], hidden_states: bool, 
     asked = {"output_hidden_states": True} if hidden_states else {}
     attention = _WithoutNumbers()
     with torch.device("meta"), torch.no_grad(), evaluating(shape.model), attention:
-        with (
-            FlopCounterMode(display=False) as products,
-            record_attention(shape.model) if attends else nullcontext([]) as recording,
-        ):
+        watched: Any = record_attention(shape.model) if attends else nullcontext([])
+        with FlopCounterMode(display=False) as products, watched as recording:
             shape.outputs = shape.model(**inputs, **asked)
     shape.layers = list(recording)
     shape.forward_flops = products.get_total_flops() + attention.flops
@@ -148,14 +146,18 @@ def _storages(value: Any) -> dict[int, tuple[int, Any]]:
     return {key: found for part in parts for key, found in _storages(part).items()}
 
 
+_QUESTIONS: dict[Any, bool] = {torch.all: True, Tensor.all: True, torch.any: False, Tensor.any: False}
+
+
 class _WithoutNumbers(TorchFunctionMode):
     """What models need and the meta device lacks. Attention as fused kernels do it: nothing of rows × keys is kept. And
-    an answer to "is all of it so?", as masks are asked whether no token is padding: yes, there is none here."""
+    answers: "is all of it so?", as masks are asked whether no token is padding: yes, none is here; "is any so?", as
+    steps are asked whether one is the first: no."""
 
     def __init__(self) -> None:
         super().__init__()
         self.flops = 0
-        self._asked: list[Tensor] = []
+        self._answers: list[tuple[Tensor, bool]] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -163,11 +165,13 @@ class _WithoutNumbers(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attend(*args, **kwargs)
-        if func is Tensor.__bool__ and any(args[0] is tensor for tensor in self._asked):
-            return True
+        if func is Tensor.__bool__:
+            for tensor, answer in self._answers:
+                if tensor is args[0]:
+                    return answer
         output = func(*args, **kwargs)
-        if func in (torch.all, Tensor.all) and isinstance(output, Tensor) and output.is_meta and not output.dim():
-            self._asked.append(output)
+        if func in _QUESTIONS and isinstance(output, Tensor) and output.is_meta and not output.dim():
+            self._answers.append((output, _QUESTIONS[func]))
         return output
 
     def _attend(
@@ -176,7 +180,7 @@ class _WithoutNumbers(TorchFunctionMode):
     ) -> Tensor:  # fmt: skip
         pairs = query.shape[:-1].numel() * key.shape[-2] // (2 if is_causal else 1)
         self.flops += 2 * pairs * (query.shape[-1] + value.shape[-1])
-        return _Attention.apply(query, key, value)  # type: ignore[no-any-return]
+        return _Attention.apply(query, key, value)
 
 
 class _Attention(torch.autograd.Function):

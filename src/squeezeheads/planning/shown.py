@@ -52,8 +52,8 @@ def _lines(plan: Plan) -> Iterator[str]:
     if plan.flops:
         yield from ("", "products of a batch's step, about")
         for name, flops in plan.flops.items():
-            parts = [f"{part} {flops[part] / 1e9:,.3f} GFLOP" for part in ("student", "teachers", "squeezing")]
-            yield f"  {name}: {', '.join(parts)}; squeezing is {flops['squeezing_share']:.1%} of the step"
+            told = [f"{part} {flops[part] / 1e9:,.3f} GFLOP" for part in ("student", "teachers", "squeezing")]
+            yield f"  {name}: {', '.join(told)}; squeezing is {flops['squeezing_share']:.1%} of the step"
 
 
 def _model(model: dict[str, Any]) -> str:

@@ -142,9 +142,10 @@ class ImageClassification(Task):
         known = pretrained_classes(pretrained, self)
         found = sketch_images(self.data, self.image_column, self.label_column, known, sketch)
         self._classes = found.classes
-        with sketch.noting(""):
+        try:
             self._view = self._find_view(found, pretrained)
-        if self._view is None:
+        except RecipeError as error:
+            sketch.problems.append(("", str(error)))
             self._view = View(new_processor(self.image_size or 224, [0.5], [0.5], 3, 255, False), 3, 255)
             sketch.notes.append(f"Images of {self.view.size} × {self.view.size} pixels are assumed.")
         with sketch.noting("augmentation"):

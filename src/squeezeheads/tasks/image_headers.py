@@ -65,8 +65,10 @@ def sketch_images(
     Args:
         classes: of a pretrained model, if there is one: what is assumed.
     """
-    with sketch.noting("data"):
+    try:
         return outline_images(source, image_column, label_column)
+    except RecipeError as error:
+        sketch.problems.append(("data", str(error)))
     told = classes is not None
     known = list(classes) if classes is not None else [str(number) for number in range(ASSUMED_CLASSES)]
     sketch.notes.append(
