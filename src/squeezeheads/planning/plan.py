@@ -109,7 +109,7 @@ class _Planning:
         self.specs["student"] = recipe.student
 
     def carry_out(self) -> None:
-        with self.problems.noting(("output",)):
+        with self.problems.noting(("output",), exact=True):
             check_output(Path(self.recipe.output), self.recipe)
         self._check_training()
         self._sketch_data()
@@ -347,8 +347,8 @@ class _Planning:
 
     def _check_width(self, key: str, whose: str, model: nn.Module, spec: TrainingSpec) -> None:
         """In float16 a sum over more than 65,504 numbers of size 1 is no number: a wider layer overflows."""
-        half = spec.precision == "fp16" or any(p.dtype == torch.float16 for p in model.parameters())
-        if not half:
+        mixed = spec.precision == "fp16"
+        if not mixed and all(p.dtype != torch.float16 for p in model.parameters()):
             return
         for path, module in model.named_modules():
             width = getattr(module, "in_features", None) or getattr(module, "nx", None)
@@ -356,7 +356,7 @@ class _Planning:
                 self.problems.add(
                     f"{whose} is {width} wide at {path}, and float16 ends at {LARGEST_HALF:,.0f}: a sum over its "
                     "features overflows. Train in bf16 or fp32, or make it narrower.",
-                    (*key.split("."), "precision"),
+                    (*key.split("."), "precision") if mixed else (*whose.split("."), "dtype"),
                 )
                 return
 

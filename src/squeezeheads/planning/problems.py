@@ -98,8 +98,8 @@ def _says_value(message: str, name: str) -> bool:
 
 
 def _position(message: str, name: str) -> int | None:
-    """Where a message gives the value of this name, or begins with it."""
-    found = re.search(rf"(?<![\w]){re.escape(name)}=|^{re.escape(name)}:", message)
+    """Where a message speaks of this name: gives its value, or what is wrong with it."""
+    found = re.search(rf"(?<!\w){re.escape(name)}(=|: )", message)
     return None if found is None else found.start()
 
 
@@ -110,21 +110,22 @@ class Problems:
     places: Places
     found: list[Problem] = field(default_factory=list)
 
-    def add(self, message: str, key: Sequence[str] = ()) -> None:
+    def add(self, message: str, key: Sequence[str] = (), exact: bool = False) -> None:
         """Note one, once.
 
         Args:
             key: where it belongs, as far as is known; the message may say more.
+            exact: whether that is all there is to say.
         """
-        where = self.places.find(message, key)
+        where = tuple(key) if exact else self.places.find(message, key)
         problem = Problem(message, ".".join(where) or None, self.places.of(where))
         if all(problem.message != other.message for other in self.found):
             self.found.append(problem)
 
     @contextmanager
-    def noting(self, key: Sequence[str] = ()) -> Iterator[None]:
+    def noting(self, key: Sequence[str] = (), exact: bool = False) -> Iterator[None]:
         """A ``RecipeError`` in the block becomes a problem; what follows it in the block is left out."""
         try:
             yield
         except RecipeError as error:
-            self.add(str(error), key)
+            self.add(str(error), key, exact)

@@ -164,6 +164,8 @@ class ImageGeneration(Task):
                     modeling.pretrained_config(path, key)
         channels, side = self._shape
         what = "images" if self._pixels else "latents"
+        if self.diffusion.mask_ratio:
+            sketch.notes.append("Of an MDT the pass that sees all tokens is shown; its masked pass sees fewer.")
         sketch.tokens = f"{what} of {channels} × {side} × {side}, {self._classes} classes"
         return sketch
 
