@@ -48,7 +48,8 @@ SKELETONS = [
 WORDS = [
     "digits", "stdlib", "", ".", "/", "./x\0y", "hub:", "hub:x:y:z", "null", "~", "é" * 9, "\U0001f600", "\ud7ff",
     "a.b", "--x", "{}", "[", "1e-3", "0x1F", "1_000", "2026-01-01", "no", "sdpa", "eager", "similar", "vit", "llama",
-    "bert", "bf16", "fp16", "linear", "<<", "*", "!x", "%", "@", "`", "x" * 300, "__class__", "class_path", "spyware.Spy",
+    "bert", "bf16", "fp16", "linear", "<<", "*", "!x", "%", "@", "`", "x" * 300, "__class__", "class_path",
+    "spyware.Spy",
 ]  # fmt: skip
 NAMES = [
     "path", "config", "training", "weight", "layers", "teacher", "seeds", "output", "model_type", "max_steps", "data",
