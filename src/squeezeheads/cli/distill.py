@@ -38,7 +38,6 @@ def main(arguments: Sequence[str]) -> int:
 
 def carry_out(path: str | Path, overrides: Sequence[str]) -> int:
     """Carry out the recipe in a file, with keys from the command line."""
-    recipe = load_recipe(path, overrides)
     from squeezeheads.planning import plan_recipe
     from squeezeheads.planning.shown import refusal
     from squeezeheads.run import distill
@@ -46,6 +45,7 @@ def carry_out(path: str | Path, overrides: Sequence[str]) -> int:
     plan = plan_recipe(path, overrides)
     if not plan.go:
         raise RecipeError(refusal(plan))
+    recipe = load_recipe(path, overrides)
 
     hide_foreign_bars()
     distill(recipe)
