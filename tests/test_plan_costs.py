@@ -97,7 +97,7 @@ def really_saved(model: torch.nn.Module, batch: dict[str, torch.Tensor], precisi
 
 
 def gpt2() -> GPT2LMHeadModel:
-    # Its own activation is made of powers, which autocast computes in float32 on GPUs (as is estimated) and not on CPUs.
+    # Its own activation is made of powers, which autocast computes in float32 on GPUs (as estimated) and not on CPUs.
     options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "activation_function": "gelu"}
     return GPT2LMHeadModel(GPT2Config(n_embd=48, n_layer=2, n_head=4, vocab_size=90, **options))
 

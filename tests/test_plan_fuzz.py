@@ -184,3 +184,12 @@ def test_the_skeletons_are_recipes(tmp_path):
 )
 def test_strange_yaml(tmp_path, text):
     assert planned_or_refused(tmp_path / "recipe.yaml", text, []) in ("refused", "no go")
+
+
+@pytest.mark.parametrize("value", [[], {"a": 1}, 0.5, True])
+@pytest.mark.parametrize("skeleton", [0, 3])
+def test_a_model_type_that_is_no_text(tmp_path, skeleton, value):
+    """Found by the trees above."""
+    tree = copy.deepcopy(SKELETONS[skeleton])
+    tree["teacher"]["config"]["model_type"] = value
+    assert planned_or_refused(tmp_path / "recipe.yaml", yaml.safe_dump(tree), []) == "no go"
