@@ -175,3 +175,12 @@ def test_the_largest_batch():
     assert memory.total == 1000
     assert memory.largest_batch(8, 1000) == 8 and memory.largest_batch(8, 999) == 7
     assert memory.largest_batch(8, 299) == 0 and memory.largest_batch(8, 150) == 0
+
+
+def test_live_bytes_sees_what_is_freed():
+    with LiveBytes([]) as live:
+        a = torch.zeros(1000)
+        b = a + 1
+        del b
+        c = a * 2
+    assert live.peak == 8000 and live.now == 8000 and c is not None

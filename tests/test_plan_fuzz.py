@@ -23,7 +23,7 @@ from squeezeheads.planning.shown import plan_text
 from squeezeheads.recipe import load_recipe
 from test_plan import IMAGES, TEXTS
 
-COUNT = int(os.environ.get("SQUEEZEHEADS_FUZZ", "100"))
+COUNT = int(os.environ.get("SQUEEZEHEADS_FUZZ", "60"))
 
 DENOISER = {
     "model_type": "dit", "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2, "patch_size": 4,
