@@ -42,7 +42,7 @@ def _positive(value: int | list[Any]) -> bool:
     return all(isinstance(v, int) and not isinstance(v, bool) and v >= 1 for v in values)
 
 
-def similar(name: str, known: Any) -> str:
+def similar(name: object, known: Any) -> str:
     """A hint at what may have been meant, or nothing."""
-    near = difflib.get_close_matches(name, list(known), n=3)
+    near = difflib.get_close_matches(str(name), list(known), n=3)
     return f" Did you mean {', '.join(near)}?" if near else ""

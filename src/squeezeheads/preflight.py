@@ -72,6 +72,41 @@ REFUSED = {
 OWN_KEYS = "the run sets it itself, from output, seeds and the keys of training"
 
 
+def teacher_config(task: Task, recipe: Recipe, name: str) -> Any:
+    """A teacher's configuration.
+
+    Raises:
+        RecipeError: there is none, or one that no model can be made by; names the key.
+    """
+    spec, key = recipe.named_teachers[name], recipe.teacher_key(name)
+    if spec.path is None:
+        return task.new_config(spec.config, f"{key}.config")
+    return task.adapt_config(task.pretrained_config(spec.path, f"{key}.path"))
+
+
+def student_config(task: Task, recipe: Recipe, base: Any) -> Any:
+    """The student's, where it is new as changes to ``base``: the first teacher's.
+
+    Raises:
+        RecipeError: as in ``teacher_config``; adapters that the task cannot save.
+    """
+    student = recipe.student
+    if student.lora is not None and not task.adapters:
+        raise RecipeError(
+            "student.lora: this task saves its models in another library's format and knows no adapters. Leave it out, "
+            "and the whole student is trained."
+        )
+    if student.path is None:
+        return task.new_config(student.config, "student.config", base)
+    return task.adapt_config(task.pretrained_config(student.path, "student.path"))
+
+
+def vocabulary(config: Any) -> int | None:
+    """How many classes or tokens a model of this configuration predicts; ``None`` where it does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(text, "vocab_size", None) or getattr(config, "num_labels", None)
+
+
 @dataclass
 class Models:
     """How the models of a recipe are made."""
@@ -80,35 +115,14 @@ class Models:
     recipe: Recipe
 
     def __post_init__(self) -> None:
-        self.teacher_configs: dict[str, Any] = {}
-        for name, spec in self.recipe.named_teachers.items():
-            key = self.recipe.teacher_key(name)
-            if spec.path is None:
-                self.teacher_configs[name] = self.task.new_config(spec.config, f"{key}.config")
-            else:
-                self.teacher_configs[name] = self.task.adapt_config(
-                    self.task.pretrained_config(spec.path, f"{key}.path")
-                )
-        student = self.recipe.student
-        if student.path is None:
-            base = next(iter(self.teacher_configs.values()))
-            self.student_config = self.task.new_config(student.config, "student.config", base)
-        else:
-            self.student_config = self.task.adapt_config(self.task.pretrained_config(student.path, "student.path"))
-        if student.lora is not None and not self.task.adapters:
-            raise RecipeError(
-                "student.lora: this task saves its models in another library's format and knows no adapters. Leave "
-                "it out, and the whole student is trained."
-            )
+        names = self.recipe.named_teachers
+        self.teacher_configs: dict[str, Any] = {name: teacher_config(self.task, self.recipe, name) for name in names}
+        self.student_config = student_config(self.task, self.recipe, next(iter(self.teacher_configs.values())))
 
     @property
     def vocabularies(self) -> dict[str, int | None]:
         """How many classes or tokens each teacher predicts, by name; ``None`` where its configuration does not say."""
-        found: dict[str, int | None] = {}
-        for name, config in self.teacher_configs.items():
-            text = config.get_text_config() if hasattr(config, "get_text_config") else config
-            found[name] = getattr(text, "vocab_size", None) or getattr(config, "num_labels", None)
-        return found
+        return {name: vocabulary(config) for name, config in self.teacher_configs.items()}
 
     def new_teacher(self, name: str) -> PreTrainedModel:
         """The pretrained teacher, or one with random weights."""
@@ -277,7 +291,7 @@ def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
         try:
             trial = Distillation(teachers, copy.deepcopy(objectives), rows=task.rows, targets=task.targets)
             trial.prepare(student, [passes[0]])
-            with _as_in_training(student, args), _autocast([*teachers.values(), student], args):
+            with as_in_training(student, args), _autocast([*teachers.values(), student], args):
                 torch.stack([trial(student, part).loss for part in passes]).sum().backward()
         except FOREIGN as error:
             raise RecipeError(f"{where}: {_told(error)}") from error
@@ -331,8 +345,12 @@ def _told(error: Exception) -> str:
 
 
 @contextmanager
-def _as_in_training(model: PreTrainedModel, args: TrainingArguments) -> Iterator[None]:
-    """Training mode, layers checkpointed where the options say so."""
+def as_in_training(model: Any, args: Any) -> Iterator[None]:
+    """Training mode, layers checkpointed where the options say so.
+
+    Args:
+        args: ``TrainingArguments``, or what has its ``gradient_checkpointing`` and ``gradient_checkpointing_kwargs``.
+    """
     if args.gradient_checkpointing:
         options = dict(args.gradient_checkpointing_kwargs or {})
         apart = {name: options.pop(name) for name in ("every_n_layers", "offload") if name in options}

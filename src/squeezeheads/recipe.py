@@ -354,6 +354,8 @@ def _refuse_imports(path: Path, overrides: Sequence[str]) -> None:
             _check_mappings(Recipe, value, "")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path}: no valid YAML: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise RecipeError(f"{path}: nested too deeply to be a recipe, or an alias stands within itself.") from error
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
 

@@ -26,35 +26,41 @@ def check_caches(recipe: Recipe, vocabularies: Mapping[str, int | None]) -> None
         vocabularies: how many classes or tokens each teacher tells apart, by name, where its configuration says so.
 
     Raises:
+        RecipeError: see ``check_cache``.
+    """
+    for name in recipe.named_teachers:
+        check_cache(recipe, name, vocabularies.get(name))
+
+
+def check_cache(recipe: Recipe, name: str, vocabulary: int | None) -> None:
+    """The same of one teacher, which may be one without a cache.
+
+    Raises:
         RecipeError: inputs that are drawn anew each time they are seen; an objective that needs more than logits, or
             the mean of several teachers' logits of which not all are kept; more logits than there are.
     """
-    for name, spec in recipe.named_teachers.items():
-        if spec.cache is None:
-            continue
-        key = f"{recipe.teacher_key(name)}.cache"
-        drawn = recipe.chosen_task.random_inputs
-        if drawn is not None:
+    spec = recipe.named_teachers[name]
+    if spec.cache is None:
+        return
+    key = f"{recipe.teacher_key(name)}.cache"
+    drawn = recipe.chosen_task.random_inputs
+    if drawn is not None:
+        raise RecipeError(
+            f"{key}: {drawn}, so no input of training comes twice and none would be found in the cache. Turn "
+            f"that off where it can be, or leave {key} out."
+        )
+    for where, objective in _learning_from(recipe, name).items():
+        if not objective.takes_stored_logits:
             raise RecipeError(
-                f"{key}: {drawn}, so no input of training comes twice and none would be found in the cache. Turn "
-                f"that off where it can be, or leave {key} out."
+                f"{where} learns from more than predictions, and {key} keeps nothing else: leave {key} out, or {where}."
             )
-        for where, objective in _learning_from(recipe, name).items():
-            if not objective.takes_stored_logits:
-                raise RecipeError(
-                    f"{where} learns from more than predictions, and {key} keeps nothing else: leave {key} out, or "
-                    f"{where}."
-                )
-            if objective.teacher is None and len(recipe.named_teachers) > 1 and spec.cache.k != "all":
-                raise RecipeError(
-                    f"{where} averages the logits of several teachers, which needs all of each: set {key}.k to all, "
-                    f"or give {where} a teacher."
-                )
-        vocabulary = vocabularies.get(name)
-        if isinstance(spec.cache.k, int) and vocabulary is not None and spec.cache.k > vocabulary:
+        if objective.teacher is None and len(recipe.named_teachers) > 1 and spec.cache.k != "all":
             raise RecipeError(
-                f"{key}.k={spec.cache.k}: the teacher tells {vocabulary} apart, expected at most as many."
+                f"{where} averages the logits of several teachers, which needs all of each: set {key}.k to all, "
+                f"or give {where} a teacher."
             )
+    if isinstance(spec.cache.k, int) and vocabulary is not None and spec.cache.k > vocabulary:
+        raise RecipeError(f"{key}.k={spec.cache.k}: the teacher tells {vocabulary} apart, expected at most as many.")
 
 
 def _learning_from(recipe: Recipe, name: str) -> dict[str, Objective]:

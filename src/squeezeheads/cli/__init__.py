@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 COMMANDS = {
+    "plan": "show what a recipe would do and cost, and all that is wrong with it; trains nothing",
     "distill": "carry out a recipe: train students, compare them, save the best",
     "evaluate": "measure a saved student on a recipe's test split",
     "demo": "the whole job on the digits that scikit-learn ships, in a few minutes",

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from squeezeheads.cli import hide_foreign_bars
 from squeezeheads.cli.arguments import asks_for_help, only_recipe, split_arguments
+from squeezeheads.errors import RecipeError
 from squeezeheads.recipe import Recipe, load_recipe
 
 HELP = """usage: squeezeheads distill RECIPE [--key VALUE ...]
 
-Carry out a recipe: train its students, compare them, save the best. Started again, it goes on where it stopped.
+Carry out a recipe: train its students, compare them, save the best. Started again, it goes on where it stopped. What
+`squeezeheads plan` finds wrong is refused first.
 
   RECIPE       a YAML file
   --key VALUE  any key of the recipe, before or after RECIPE, in place of what the file says
@@ -36,8 +38,14 @@ def main(arguments: Sequence[str]) -> int:
 
 def carry_out(path: str | Path, overrides: Sequence[str]) -> int:
     """Carry out the recipe in a file, with keys from the command line."""
-    recipe = load_recipe(path, overrides)
+    from squeezeheads.planning import plan_recipe
+    from squeezeheads.planning.shown import refusal
     from squeezeheads.run import distill
+
+    plan = plan_recipe(path, overrides)
+    if not plan.go:
+        raise RecipeError(refusal(plan))
+    recipe = load_recipe(path, overrides)
 
     hide_foreign_bars()
     distill(recipe)

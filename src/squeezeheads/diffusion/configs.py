@@ -32,7 +32,7 @@ def new_config(
     """
     options = dict(changes)
     model_type = options.pop("model_type", base.model_type if base is not None else None)
-    if model_type not in model_types():
+    if not isinstance(model_type, str) or model_type not in model_types():
         raise RecipeError(f"{key}.model_type={model_type!r} is unknown: expected one of {', '.join(model_types())}.")
     kind: Any = model_types()[model_type]
     known = [name for name in inspect.signature(kind.__init__).parameters if name != "self"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from diffusers import AutoencoderKL
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from squeezeheads.errors import RecipeError, in_short
 
 PART = 4096
 """Images encoded between writes: a run that is stopped goes on after the last whole part."""
@@ -56,10 +59,28 @@ def latent_size(vae: AutoencoderKL, image_size: int) -> tuple[int, int]:
     Raises:
         ValueError: a size that the autoencoder does not divide.
     """
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return _latent_size(vae.config, image_size)
+
+
+def latent_shape(path: str, image_size: int) -> tuple[int, int]:
+    """``latent_size`` by the autoencoder's configuration alone.
+
+    Raises:
+        RecipeError: there is none, or a size that the autoencoder does not divide.
+    """
+    subfolder = {"subfolder": "vae"} if (Path(path) / "model_index.json").is_file() else {}
+    try:
+        config = SimpleNamespace(**AutoencoderKL.load_config(path, **subfolder))
+        return _latent_size(config, image_size)
+    except (OSError, ValueError, AttributeError) as error:
+        raise RecipeError(f"autoencoder={path!r} cannot be loaded: {in_short(error)}") from error
+
+
+def _latent_size(config: Any, image_size: int) -> tuple[int, int]:
+    factor = 2 ** (len(config.block_out_channels) - 1)
     if image_size % factor:
         raise ValueError(f"image_size={image_size} is no multiple of {factor}, by which the autoencoder divides it.")
-    return vae.config.latent_channels, image_size // factor
+    return config.latent_channels, image_size // factor
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from squeezeheads.batches import Inputs, labelled_targets, one_pass, padding_rows
 from squeezeheads.tasks import modeling
+from squeezeheads.tasks.sketch import Sketch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, TrainerCallback
@@ -89,6 +90,19 @@ class Task:
         Raises:
             RecipeError: data that is not there or not as expected; models that do not share tokens.
         """
+        raise NotImplementedError
+
+    def sketch_data(self, pretrained: Pretrained) -> Sketch:
+        """In place of ``load_data`` where nothing is to be trained: what models are made for, from headers, tokenizer
+        files and configurations. Afterwards ``data_config``, ``check_model``, ``build`` and ``example`` may be called.
+
+        What is amiss is told and not raised; the rest then goes by an assumption that is told too.
+        """
+        raise NotImplementedError
+
+    def example(self, count: int) -> dict[str, Tensor]:
+        """A batch of ``count`` of the largest samples that models are trained on, of the right shapes and types, on
+        torch's default device. The values mean nothing."""
         raise NotImplementedError
 
     @property

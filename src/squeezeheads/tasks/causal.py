@@ -12,7 +12,14 @@ from torch.nn.utils.rnn import pad_sequence
 from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.tasks.base import Pretrained
-from squeezeheads.tasks.tokenization import model_vocabulary
+from squeezeheads.tasks.sketch import Sketch
+from squeezeheads.tasks.tokenization import (
+    SMALLEST_VOCABULARY,
+    choose_tokenizer,
+    makes_tokenizer,
+    model_vocabulary,
+    train_byte_bpe,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -54,6 +61,21 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, pretrained: Pretrained
     return max(sizes)
 
 
+def sketch_tokenizer(
+    own: str | None, pretrained: Pretrained, vocabulary_size: int, sketch: Sketch
+) -> tuple[PreTrainedTokenizerBase, int]:
+    """The tokenizer of a task before any text is read, and for how many tokens new models are made. In place of one
+    that is still to be learned, or that is not there, stands one of plain bytes, and ``vocabulary_size`` at most."""
+    makes = makes_tokenizer(own, pretrained)
+    if not makes or pretrained.made is not None:
+        with sketch.noting("tokenizer" if own is not None else ""):
+            tokenizer = choose_tokenizer(own, pretrained, lambda: (), vocabulary_size)
+            return tokenizer, shared_vocabulary(tokenizer, pretrained)
+    if makes:
+        sketch.notes.append(f"The tokenizer is learned when the run starts: {vocabulary_size} tokens at most.")
+    return train_byte_bpe((), SMALLEST_VOCABULARY), vocabulary_size
+
+
 def check_token_model(config: PreTrainedConfig, whose: str, tokenizer: PreTrainedTokenizerBase, length: int) -> None:
     """Whether a model has embeddings for the tokenizer's tokens, and for ``length`` positions.
 
@@ -72,6 +94,12 @@ def check_token_model(config: PreTrainedConfig, whose: str, tokenizer: PreTraine
             f"{whose} takes {positions} tokens at most, the task has sequences of up to {length}: shorten them, or "
             "raise max_position_embeddings in a new model's config."
         )
+
+
+def token_example(count: int, length: int) -> dict[str, Tensor]:
+    """``input_ids`` and ``labels`` (count, length) without padding."""
+    ids = torch.zeros(count, length, dtype=torch.long)
+    return {"input_ids": ids, "labels": ids}
 
 
 PROBE_LENGTH = 16

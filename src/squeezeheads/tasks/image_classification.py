@@ -19,7 +19,9 @@ from squeezeheads.image_inputs.normalisation import normalisation_of, renormalis
 from squeezeheads.image_inputs.processing import View, new_processor, own_processor
 from squeezeheads.tasks.augmentation import Augmentation, erase, mix, seeded, smoothed
 from squeezeheads.tasks.base import Pretrained, Splits, Task
+from squeezeheads.tasks.image_headers import pretrained_classes, sketch_images
 from squeezeheads.tasks.images import DIGITS, HUB, Sample, Samples, SplitPlan, check_class_order, read_images
+from squeezeheads.tasks.sketch import Sketch
 from squeezeheads.tasks.timm_models import MODEL_TYPE, fit_to_images, to_timm_format
 
 if TYPE_CHECKING:
@@ -138,6 +140,29 @@ class ImageClassification(Task):
             validation=Samples(parts["validation"], channels, False),
             test=Samples(parts["test"], channels, False),
         )
+
+    def sketch_data(self, pretrained: Pretrained) -> Sketch:
+        """By the names and headers of the images' files, and the pretrained models' image processors."""
+        sketch = Sketch()
+        known = pretrained_classes(pretrained, self)
+        found = sketch_images(self.data, self.image_column, self.label_column, known, sketch)
+        self._classes = found.classes
+        try:
+            self._view = self._find_view(found, pretrained)
+        except RecipeError as error:
+            sketch.problems.append(("", str(error)))
+            self._view = View(new_processor(self.image_size or 224, [0.5], [0.5], 3, 255, False), 3, 255)
+            sketch.notes.append(f"Images of {self.view.size} × {self.view.size} pixels are assumed.")
+        with sketch.noting("augmentation"):
+            self.augmentation.check(self.view.channels)
+        size = self.view.size
+        sketch.tokens = f"images of {size} × {size} pixels, {len(self._classes)} classes"
+        return sketch
+
+    def example(self, count: int) -> dict[str, Tensor]:
+        """Images and labels."""
+        pixels = torch.zeros(count, self.view.channels, self.view.size, self.view.size)
+        return {"pixel_values": pixels, "labels": torch.zeros(count, dtype=torch.long)}
 
     def _find_view(self, images: Any, pretrained: Pretrained) -> View:
         """The student's own processor; for a new student what the recipe gives, else the first pretrained teacher's,

@@ -18,8 +18,11 @@ from squeezeheads.diffusion.square_images import SquareImages
 from squeezeheads.errors import RecipeError
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
+from squeezeheads.tasks import modeling
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
+from squeezeheads.tasks.image_headers import pretrained_classes, sketch_images
 from squeezeheads.tasks.images import SplitPlan, check_class_order, evenly, read_images
+from squeezeheads.tasks.sketch import Sketch
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -135,6 +138,47 @@ class ImageGeneration(Task):
             splits.append(SeededImages(encoded[id(images)], labels, seed, chosen))
         self._parts = list(zip(splits, parts.values(), strict=True))
         return Splits(splits[0], splits[1], splits[2])
+
+    def sketch_data(self, pretrained: Pretrained) -> Sketch:
+        """By the names and headers of the images' files, and the autoencoder's configuration."""
+        from squeezeheads.diffusion.latents import latent_shape
+
+        sketch = Sketch()
+        known = pretrained_classes(pretrained, self)
+        found = sketch_images(self.data, self.image_column, self.label_column, known, sketch)
+        self._class_names, self._classes, self._levels = found.classes, len(found.classes), found.white + 1
+        size = self.image_size or found.own_size
+        if size is None:
+            if not sketch.problems:
+                told = f"data={self.data!r}: whether all images are squares of one size is seen later. Give image_size."
+                sketch.problems.append(("image_size", told))
+            size = 64
+            sketch.notes.append(f"Images of {size} × {size} pixels are assumed.")
+        self._shape = (found.own_channels, size)
+        if self.autoencoder is not None:
+            self._shape = (4, -(-size // 8))
+            before = len(sketch.problems)
+            with sketch.noting("autoencoder"):
+                self._shape = latent_shape(self.autoencoder, size)
+            if len(sketch.problems) > before:
+                told = f"{self._shape[0]} × {self._shape[1]} × {self._shape[1]}"
+                sketch.notes.append(f"Latents of {told} are assumed, as of Stable Diffusion's autoencoder.")
+        for key, path in (("classifier", self.classifier), ("sampling.features", self.sampling.features)):
+            if path is not None and path != "pixels":
+                with sketch.noting(key):
+                    modeling.pretrained_config(path, key)
+        channels, side = self._shape
+        what = "images" if self._pixels else "latents"
+        if self.diffusion.mask_ratio:
+            sketch.notes.append("Of an MDT the pass that sees all tokens is shown; its masked pass sees fewer.")
+        sketch.tokens = f"{what} of {channels} × {side} × {side}, {self._classes} classes"
+        return sketch
+
+    def example(self, count: int) -> dict[str, Tensor]:
+        """Noisy images, their noise, steps and labels; the pass that sees all tokens."""
+        images = torch.zeros(count, self._shape[0], self._shape[1], self._shape[1])
+        step = torch.zeros(count, dtype=torch.long)
+        return {"hidden_states": images, "timestep": step, "class_labels": step, "noise": images, "clean": images}
 
     def _image_count(self, tested: int) -> int:
         """How many images are generated for the metrics, where the test split has ``tested``."""

@@ -171,7 +171,7 @@ def read_images(source: str, image_column: str | None, label_column: str | None)
     if any(IDX_FILES.fullmatch(path.name) for path in folder.iterdir()):
         return _from_idx(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _of_data_sets(_from_disk(source), source, image_column, label_column)
+        return _of_data_sets(load_saved(source), source, image_column, label_column)
     return _of_data_sets(_from_image_folder(folder), source, image_column, label_column)
 
 
@@ -247,7 +247,12 @@ def _from_image_folder(folder: Path) -> Mapping[str, Any]:
         ) from error
 
 
-def _from_disk(source: str) -> Mapping[str, Any]:
+def load_saved(source: str) -> Mapping[str, Any]:
+    """The splits of a folder that ``datasets.save_to_disk`` wrote; nothing is read yet.
+
+    Raises:
+        RecipeError: it cannot be loaded.
+    """
     import datasets
 
     try:
@@ -276,8 +281,8 @@ def _of_data_sets(
 
     found: dict[str, ImageSet] = {}
     for name, data in splits.items():
-        image = _column(data, datasets.Image, image_column, "image_column", source)
-        label = _column(data, datasets.ClassLabel, label_column, "label_column", source)
+        image = column_of(data.features, datasets.Image, image_column, "image_column", source)
+        label = column_of(data.features, datasets.ClassLabel, label_column, "label_column", source)
         feature = data.features[label]
         if not isinstance(feature, datasets.ClassLabel):
             raise RecipeError(f"data={source!r}: column {label!r} holds {feature}, expected class labels (ClassLabel).")
@@ -302,15 +307,25 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f", … ({len(names)})" if len(names) > 5 else "")
 
 
-def _column(data: Any, kind: type, given: str | None, key: str, source: str) -> str:
+def column_of(features: Mapping[str, Any], kind: type, given: str | None, key: str, source: str) -> str:
+    """The column that holds images, or classes.
+
+    Args:
+        features: of a data set, by column.
+        kind: what the column holds.
+        given: what the recipe says.
+
+    Raises:
+        RecipeError: no such column, or not one alone; names ``key`` and ``source``.
+    """
     if given is not None:
-        if given not in data.column_names:
-            raise RecipeError(f"{key}={given!r}: {source} has the columns {', '.join(data.column_names)}.")
+        if given not in features:
+            raise RecipeError(f"{key}={given!r}: {source} has the columns {', '.join(features)}.")
         return given
-    fitting = [name for name, feature in data.features.items() if isinstance(feature, kind)]
+    fitting = [name for name, feature in features.items() if isinstance(feature, kind)]
     if len(fitting) != 1:
         raise RecipeError(
-            f"data={source!r}: {len(fitting)} columns of type {kind.__name__} among {', '.join(data.column_names)}, "
+            f"data={source!r}: {len(fitting)} columns of type {kind.__name__} among {', '.join(features)}, "
             f"expected one: name it with {key}."
         )
     return fitting[0]

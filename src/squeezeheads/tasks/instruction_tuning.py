@@ -16,8 +16,17 @@ from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.responses import exact_match, rouge_l, sample_responses
 from squeezeheads.tasks.base import Pretrained, Splits, Task
-from squeezeheads.tasks.causal import check_token_model, mean_token_loss, padded, shared_vocabulary, token_config
+from squeezeheads.tasks.causal import (
+    check_token_model,
+    mean_token_loss,
+    padded,
+    shared_vocabulary,
+    sketch_tokenizer,
+    token_config,
+    token_example,
+)
 from squeezeheads.tasks.instructions import Request, alpaca_text, chat_text, read_requests
+from squeezeheads.tasks.sketch import Sketch
 from squeezeheads.tasks.text import JSONL, Documents, find_files, hold_out, refuse_overlap, refuse_tables
 from squeezeheads.tasks.tokenization import (
     SMALLEST_VOCABULARY,
@@ -127,11 +136,7 @@ class InstructionTuning(Task):
     def load_data(self, pretrained: Pretrained) -> Splits:
         """Samples with ``input_ids`` (prompt, first reference, end token), ``labels`` (-100 on the prompt),
         ``prompt_length`` and ``references``. Told: what is left out or cut, and why."""
-        if find_spec("rouge_score") is None:
-            raise RecipeError(
-                "task.instruction_tuning measures ROUGE-L with the package rouge-score, which is not installed: "
-                'pip install "squeezeheads[eval]".'
-            )
+        _check_rouge()
         notices: list[str] = []
         parts = self._requests(notices)
         self._tokenizer = choose_tokenizer(
@@ -139,13 +144,33 @@ class InstructionTuning(Task):
         )
         self._makes_tokenizer = makes_tokenizer(self.tokenizer, pretrained)
         self._vocabulary = shared_vocabulary(self._tokenizer, pretrained)
+        self._check_format()
+        samples = {name: self._samples(requests, name, notices) for name, requests in parts.items()}
+        return Splits(samples["train"], samples["validation"], samples["test"], notices)
+
+    def sketch_data(self, pretrained: Pretrained) -> Sketch:
+        """By the tokenizer's files; of the requests, whether their files are there."""
+        sketch = Sketch(tokens=f"prompt and response, {self.max_length} tokens at most")
+        with sketch.noting(""):
+            _check_rouge()
+        for split in ("train", "validation", "test"):
+            sketch.look_for(getattr(self, split), split, [f"*{suffix}" for suffix in JSONL], EXPECTED)
+        self._tokenizer, self._vocabulary = sketch_tokenizer(self.tokenizer, pretrained, self.vocabulary_size, sketch)
+        if not sketch.problems:  # else it may be another tokenizer
+            with sketch.noting("format"):
+                self._check_format()
+        return sketch
+
+    def example(self, count: int) -> dict[str, Tensor]:
+        """Requests of ``max_length`` tokens; all are taken to count."""
+        return token_example(count, self.max_length)
+
+    def _check_format(self) -> None:
         if self.format == "chat" and not self._tokenizer.chat_template:
             raise RecipeError(
                 f"format=chat, but the tokenizer {self._tokenizer.name_or_path!r} has no chat template: choose "
                 "format=alpaca, or a tokenizer with one."
             )
-        samples = {name: self._samples(requests, name, notices) for name, requests in parts.items()}
-        return Splits(samples["train"], samples["validation"], samples["test"], notices)
 
     @property
     def auto_class(self) -> Any:
@@ -315,13 +340,22 @@ class InstructionTuning(Task):
         return response[: len(response) - response[::-1].index(end)]
 
 
+def _check_rouge() -> None:
+    if find_spec("rouge_score") is None:
+        raise RecipeError(
+            "task.instruction_tuning measures ROUGE-L with the package rouge-score, which is not installed: "
+            'pip install "squeezeheads[eval]".'
+        )
+
+
+EXPECTED = "a JSONL file, a folder, a glob"
+
+
 def _files(sources: Sequence[str], split: str) -> list[Path]:
     """The files that a split's entries name."""
     files: list[Path] = []
     for source in sources:
-        files += find_files(
-            source, [f"*{suffix}" for suffix in JSONL], split, expected="a JSONL file, a folder, a glob"
-        )
+        files += find_files(source, [f"*{suffix}" for suffix in JSONL], split, expected=EXPECTED)
     refuse_tables(files, split)
     return files
 

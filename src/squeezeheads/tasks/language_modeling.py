@@ -16,7 +16,15 @@ from torch import Tensor
 from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.base import Pretrained, Splits, Task
-from squeezeheads.tasks.causal import check_token_model, mean_token_loss, shared_vocabulary, token_config
+from squeezeheads.tasks.causal import (
+    check_token_model,
+    mean_token_loss,
+    shared_vocabulary,
+    sketch_tokenizer,
+    token_config,
+    token_example,
+)
+from squeezeheads.tasks.sketch import Sketch
 from squeezeheads.tasks.text import TextSource, find_files, hold_out, refuse_overlap, shared_documents, take
 from squeezeheads.tasks.tokenization import (
     SMALLEST_VOCABULARY,
@@ -179,6 +187,20 @@ class LanguageModeling(Task):
                     "does not know their text, and bits_per_byte is not measured where they are predicted."
                 )
         return Splits(blocks["train"], blocks["validation"], blocks["test"], notices)
+
+    def sketch_data(self, pretrained: Pretrained) -> Sketch:
+        """By the tokenizer's files; of the texts, whether their files are there."""
+        sketch = Sketch(tokens=f"blocks of {self.block_size} tokens")
+        for split in SPLITS:
+            sketch.look_for(getattr(self, split), split, self.patterns)
+        sketch.look_for(self.minimal_pairs, "minimal_pairs", ["*.jsonl"], "a JSONL file, a folder, a glob")
+        self._tokenizer, self._vocabulary = sketch_tokenizer(self.tokenizer, pretrained, self.vocabulary_size, sketch)
+        self._longest_sentence = 0
+        return sketch
+
+    def example(self, count: int) -> dict[str, Tensor]:
+        """Blocks."""
+        return token_example(count, self.block_size)
 
     def _texts(self) -> tuple[dict[str, list[str]], list[str]]:
         """Documents by split, and what is to be told of them."""

@@ -37,7 +37,7 @@ def new_config(
     changes = dict(changes)
     model_type = changes.pop("model_type", None)
     if model_type is not None and (base is None or model_type != base.model_type):
-        if model_type not in CONFIG_MAPPING:
+        if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
             raise RecipeError(
                 f"{key}.model_type={model_type!r} is unknown to transformers.{similar(model_type, CONFIG_MAPPING)}"
             )

@@ -87,7 +87,7 @@ class TextSource:
                 self._add_files(found, stdlib_files(), source_code=True)
             elif source.startswith(HUB):
                 self._add_data_set(found, *_from_hub(source, split, key), key)
-            elif _is_saved_data_set(Path(source)):
+            elif is_saved_data_set(Path(source)):
                 self._add_data_set(found, *_from_disk(source, split, key), key)
             else:
                 files = find_files(source, self.patterns, key)
@@ -201,7 +201,7 @@ def stdlib_files() -> list[Path]:
     return sorted(files, key=lambda f: f.relative_to(root).as_posix())
 
 
-def _is_saved_data_set(folder: Path) -> bool:
+def is_saved_data_set(folder: Path) -> bool:
     """Whether ``datasets.save_to_disk`` wrote this folder."""
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 

@@ -1,0 +1,46 @@
+"""``squeezeheads plan RECIPE [--json] [--memory SIZE] [--key.of.recipe VALUE]``"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+from squeezeheads.cli.arguments import asks_for_help, only_recipe, split_arguments
+from squeezeheads.files import finite
+
+HELP = """usage: squeezeheads plan RECIPE [--json] [--memory SIZE] [--key VALUE ...]
+
+What a recipe would do, and every problem with it at once, each with its line. Loads no weights and no data, trains
+nothing, leaves nothing behind. Exit code 0: go; 2: no go.
+
+  RECIPE         a YAML file
+  --json         the same as JSON
+  --memory SIZE  memory that there is for a training, as 16GiB: a batch too large for it is a problem; "device": the
+                 memory of the GPU, or of the machine where there is none
+  --key VALUE    any key of the recipe, in place of what the file says; `squeezeheads distill --help` lists them
+
+Options may stand before or after RECIPE.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Plan a recipe."""
+    if asks_for_help(arguments):
+        print(HELP, end="")
+        return 0
+    as_json = "--json" in arguments
+    words, options = split_arguments([argument for argument in arguments if argument != "--json"])
+    own = "--memory="
+    sizes = [option.removeprefix(own) for option in options if option.startswith(own)]
+    overrides = [option for option in options if not option.startswith(own)]
+    path = only_recipe(words, "plan")
+    from squeezeheads.planning import plan_recipe
+    from squeezeheads.planning.costs import device_memory, parse_memory
+    from squeezeheads.planning.shown import plan_text
+
+    memory = None
+    if sizes:
+        memory = device_memory() if sizes[-1] == "device" else parse_memory(sizes[-1])
+    plan = plan_recipe(path, overrides, memory)
+    print(json.dumps(finite(plan.to_json()), allow_nan=False) if as_json else plan_text(plan), end="")
+    return 0 if plan.go else 2

@@ -1,0 +1,156 @@
+"""What a training step costs: memory by what it is for, and the products that squeezing adds."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+
+from squeezeheads.attention import AttentionRecord
+from squeezeheads.errors import RecipeError
+from squeezeheads.squeezing import HeadGroups
+from squeezeheads.squeezing.weights import MAP_WEIGHTS
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS["TIB"] = 2**40
+
+FLOAT = 4
+"""Bytes of a float32."""
+
+
+def parse_memory(text: str) -> int:
+    """Bytes of "16GiB", "500 MB", "1e9".
+
+    Raises:
+        RecipeError: no number of bytes.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?(?:[eE]\d{1,2})?)\s*([A-Za-z]*)\s*", text)
+    unit = UNITS.get((found[2] or "B").upper()) if found else None
+    if found is None or unit is None or not float(found[1]):
+        raise RecipeError(f"--memory={text!r}: expected a size such as 16GiB, 500MB, or a number of bytes.")
+    return int(float(found[1]) * unit)
+
+
+def device_memory() -> int:
+    """Bytes of the GPU that a run would use, or of the machine where there is none."""
+    if torch.cuda.is_available():
+        return torch.cuda.mem_get_info()[1]
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def in_bytes(count: float) -> str:
+    """A size in words: MiB below one GiB."""
+    return f"{count / 2**20:,.1f} MiB" if count < 2**30 else f"{count / 2**30:,.2f} GiB"
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one training step, as far as they are counted: not what kernels, libraries and the allocator take for
+    themselves, nor the data."""
+
+    teachers: int
+    """Weights of all teachers, and what they returned."""
+    weights: int
+    """The student's, and projectors'."""
+    gradients: int
+    """Of all that is trained."""
+    optimiser: int
+    """Two averages in AdamW for each number that is trained."""
+    activations: int
+    """What the student's forward pass keeps for its backward pass."""
+    distillation: int
+    """Ours: the teachers' recorded queries, keys and values, gradients that losses make in their forward pass, tiles
+    of maps."""
+    fixed: int
+    """Of all of this, what does not grow with the batch."""
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        parts = (self.teachers, self.weights, self.gradients, self.optimiser, self.activations, self.distillation)
+        return sum(parts)
+
+    def largest_batch(self, batch_size: int, memory: int) -> int:
+        """The most samples a batch that fit; 0 where not even one does."""
+        each = (self.total - self.fixed) / batch_size
+        return max(int((memory - self.fixed) // each), 0) if each else batch_size
+
+    def to_json(self) -> dict[str, int]:
+        """As plain data."""
+        return {**asdict(self), "total": self.total}
+
+
+def _numbers(*tensors: Any) -> int:
+    return sum(tensor.numel() for tensor in tensors if tensor is not None)
+
+
+def recorded_bytes(record: AttentionRecord) -> int:
+    """What a recorded layer keeps alive: its queries, keys and values."""
+    found = (record.query, record.key, record.value)
+    return sum(tensor.numel() * tensor.element_size() for tensor in found if tensor is not None)
+
+
+def gradient_bytes(student: AttentionRecord) -> int:
+    """Gradients of a student layer's queries and keys, made in the forward pass in float32."""
+    return FLOAT * _numbers(student.query, student.key)
+
+
+def attention_flops(student: AttentionRecord, teacher: AttentionRecord, groups: HeadGroups, options: Any) -> int:
+    """Products of ``SqueezedHeads`` for one pair of layers: value, gradients and mixing weights.
+
+    Counted are the maps of both models, the mixture, both gradients; where α is found from maps, these once more and
+    their products with the values of all heads of a group.
+
+    Args:
+        options: the objective: its ``weights`` and ``alpha_rows``.
+    """
+    batch, _, rows, width = student.query.shape
+    pairs = _pairs(student)
+    mine = 3 * 2 * batch * pairs * len(groups) * width  # scores, gradients by queries and by keys
+    heads = [head for group in groups for head in group]
+    theirs = 2 * batch * pairs * (len(set(heads)) * teacher.query.shape[3] + len(heads))
+    grouped = [group for group in dict.fromkeys(groups) if len(group) > 1]
+    if options.weights not in MAP_WEIGHTS or not grouped:
+        return mine + theirs
+    value_width = teacher.query.shape[3] if teacher.value is None else teacher.value.shape[3]
+    each = sum(len(group) * teacher.query.shape[3] + len(group) ** 2 * value_width for group in grouped)
+    share = min(1.0, options.alpha_rows / rows) if options.alpha_rows else 1.0
+    return mine + theirs + int(2 * batch * pairs * share * each)
+
+
+def relation_flops(student: AttentionRecord, teacher: AttentionRecord, groups: HeadGroups) -> int:
+    """Products of ``SqueezedRelations`` for one pair of layers: scores of both, gradients by both sides."""
+    batch, pairs = student.query.shape[0], _pairs(student)
+    value, taught = student.value, teacher.value
+    width = student.query.shape[3] if value is None else value.shape[3]
+    other = teacher.query.shape[3] if taught is None else taught.shape[3]
+    widest = max(len(group) for group in groups) * other
+    return 2 * batch * pairs * len(groups) * (3 * width + widest)
+
+
+def _pairs(record: AttentionRecord) -> int:
+    """Entries of one map that are looked at: half under a causal mask."""
+    return record.num_queries * record.num_keys // (2 if record.is_causal else 1)
+
+
+def step_flops(student: int, teachers: Sequence[int], ours: int, again: bool) -> dict[str, Any]:
+    """Products of one step, and the share of what squeezing adds.
+
+    Args:
+        student: of its forward pass; the backward pass takes twice as many.
+        teachers: of each one's forward pass.
+        ours: of all squeezing objectives.
+        again: whether the student's forward pass runs twice (gradient checkpointing).
+    """
+    models = (4 if again else 3) * student + sum(teachers)
+    total = models + ours
+    return {
+        "student": (4 if again else 3) * student,
+        "teachers": sum(teachers),
+        "squeezing": ours,
+        "squeezing_share": ours / total if total else 0.0,
+    }
