@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Vi
 from squeezeheads.adapters import AdaptersOff
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
+from squeezeheads.planning import plan_recipe
 from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import Recipe, load_recipe
 from squeezeheads.run import _Run
@@ -216,3 +217,28 @@ def test_image_generation_knows_no_adapters(tmp_path):
     task.adapt_config = lambda config: config
     with pytest.raises(RecipeError, match=r"student\.lora: this task .* knows no adapters"):
         Models(task, recipe)
+
+
+def test_an_adapter_is_planned(write, tmp_path):
+    """Its base is held once, and of the student the adapters alone take gradients and averages."""
+    plan = plan_recipe(write())
+    assert plan.go, plan.problems
+    held = {model["whose"]: model["weight_bytes"] for model in plan.models}
+    recipe = load_recipe(write())
+    recipe.chosen_task.load_data(Pretrained({"teacher": recipe.student.path}, recipe.student.path))
+    student = Models(recipe.chosen_task, recipe).new_student(0)
+    trained = 4 * sum(p.numel() for p in student.parameters() if p.requires_grad)
+    memory = plan.memory["students"]
+    assert memory["gradients"] == trained and memory["optimiser"] == 2 * trained
+    assert memory["weights"] == held["student"] > held["teacher"]
+    apart = plan_recipe(write(teacher={"path": str(tmp_path / "base")})).memory["students"]
+    assert apart["teachers"] - memory["teachers"] == held["teacher"]
+
+
+def test_a_plan_names_layers_that_are_not_there(write):
+    plan = plan_recipe(write(student__lora={"target_modules": ["query"]}))
+    (problem,) = plan.problems
+    assert (
+        "no module of LlamaForCausalLM is called 'query'" in problem.message
+        and problem.key == "student.lora.target_modules"
+    )

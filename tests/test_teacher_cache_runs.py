@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from squeezeheads import run_cache
 from squeezeheads.cli import main
+from squeezeheads.planning import plan_recipe
 from squeezeheads.tasks.augmentation import Augmentation
 from tiny import write_recipe
 
@@ -143,6 +144,17 @@ def test_what_is_refused_before_any_training(tmp_path, capsys, changes, message)
     assert main(["distill", str(digits(tmp_path, **changes))]) == 2
     assert not (tmp_path / "run").exists(), "something was done first"
     assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_cached_teacher_is_planned(tmp_path):
+    """While students learn its weights are not in memory, and it computes nothing."""
+    cached, live = plan_recipe(digits(tmp_path)), plan_recipe(digits(tmp_path, teacher__cache=None))
+    assert cached.go and live.go
+    (weights,) = (model["weight_bytes"] for model in live.models if model["whose"] == "teacher")
+    assert live.memory["students"]["teachers"] - cached.memory["students"]["teachers"] == weights
+    assert cached.flops["distilled"]["teachers"] == 0 < live.flops["distilled"]["teachers"]
+    (problem,) = plan_recipe(digits(tmp_path, teacher__cache={"k": 11})).problems
+    assert "the teacher tells 10 apart" in problem.message and problem.key == "teacher.cache.k"
 
 
 def test_image_generation_is_refused(tmp_path, capsys):
