@@ -113,7 +113,7 @@ PLACES = {
         ("move {run}/students/distilled/seed-0/result.json", 1),
         (f"tree {{run}}/{STUDENT}", 4),
     ],
-    "its end": [("move {run}/student", 2), ("move {run}/results.json", 1), ("tree {run}/work", 1)],
+    "its end": [("move {run}/student", 3), ("move {run}/results.json", 1), ("tree {run}/work", 1)],
 }
 
 
