@@ -52,6 +52,8 @@ def place_teacher(accelerator: Accelerator, teacher: nn.Module) -> nn.Module:
     Raises:
         ValueError: one that DeepSpeed has taken apart.
     """
+    if next(teacher.parameters(), None) is None:
+        return teacher  # one that reads stored predictions
     if any(hasattr(p, "ds_id") for p in teacher.parameters()):
         raise ValueError(
             f"the teacher ({type(teacher).__name__}) was loaded in pieces: under ZeRO-3 from_pretrained splits every "
