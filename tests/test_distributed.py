@@ -36,7 +36,9 @@ LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--npro
 
 
 def run(command: list[str], folder: Path | None = None) -> str:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # The package that is tested here, whatever the folder: a path in PYTHONPATH may be a relative one.
+    path = os.pathsep.join([str(Path(plan_file.__file__).parent.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, timeout=600)
     assert done.returncode == 0, done.stderr[-6000:]
     return done.stdout
