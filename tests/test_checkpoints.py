@@ -14,6 +14,7 @@ from transformers import TrainerState
 
 from squeezeheads import checkpoints, files, run
 from squeezeheads.checkpoints import drop_half_written, drop_older, last_whole_checkpoint
+from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError, SavingError
 from squeezeheads.files import disk_trouble, read_json, store_json
 from test_trainer import losses, trainer
@@ -200,8 +201,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, who):
         with pytest.raises(
             SavingError, match="checkpoint-4 could not be written: .*the last whole one is checkpoint-2"
         ):
-            run.train()
-        assert run.args.save_total_limit == 1
+            stopped.train()
+        assert stopped.args.save_total_limit == 1
     assert steps(folder) == [2]
     resumed = trainer(folder, **options)
     resumed.train(resume_from_checkpoint=True)
@@ -210,8 +211,8 @@ def test_a_full_disk_leaves_the_checkpoint_before(tmp_path, monkeypatch, who):
 
 
 def test_other_errors_of_a_save_are_left_as_they_are(tmp_path, monkeypatch):
-    run = trainer(tmp_path, **SAVING)
-    monkeypatch.setattr(stopped.model, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("shared")))
+    failing = trainer(tmp_path, **SAVING)
+    monkeypatch.setattr(failing.model, "save_pretrained", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("shared")))
     with pytest.raises(RuntimeError, match="^shared$"):
         failing.train()
 
@@ -227,6 +228,18 @@ def test_a_full_disk_is_told_from_other_errors():
         Exception("(os error 2)"),
     ):
         assert disk_trouble(other) is None
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device", "/runs/results.json"), SavingError("words. Make room.")]
+)
+def test_commands_say_that_a_disk_is_full(monkeypatch, capsys, error):
+    monkeypatch.setattr("squeezeheads.cli.distill.carry_out", lambda *a: (_ for _ in ()).throw(error))
+    assert main(["distill", "recipe.yaml"]) == 2
+    said = capsys.readouterr().err
+    told = "[Errno 28] No space left on device: '/runs/results.json'." if error.errno else "words. Make room."
+    assert said.startswith(f"squeezeheads distill: a file could not be written: {told} Make room and start the same")
+    assert said.endswith("command again: it goes on from what is whole.\n")
 
 
 def test_means_end_where_a_checkpoint_lies(tmp_path):

@@ -96,7 +96,7 @@ TEACHER, STUDENT = "work/teachers/teacher", "work/students/distilled/seed-0"
 
 PLACES = {
     "a step": [("step", 5)],
-    "its start": [("recipe.json.part", 1), ("move /", 2)],
+    "its start": [("recipe.json.part", 1), ("move {run}/data.json", 1)],
     "the first save": [(f"tensors {{run}}/{TEACHER}/checkpoint-2/model", 1)],
     "a save": [
         (f"torch {{run}}/{TEACHER}/checkpoint-4/optimizer.pt", 1),
@@ -122,7 +122,7 @@ def test_a_run_that_was_killed_in_any_place_goes_on_as_if_it_had_not_been(tmp_pa
     path, whole, _ = small
     run, log = tmp_path / "run", tmp_path / "log"
     for place, count in places:
-        place = place.replace("{run}", str(run)).replace("move /", f"move {run}/")
+        place = place.replace("{run}", str(run))
         found = starter.start("distill", path, "--output", run, log=log, at=place, count=count)
         assert found["code"] == KILLED, (place, found, log.read_text())
     assert starter.start("distill", path, "--output", run, log=log)["code"] == 0, log.read_text()
@@ -156,18 +156,18 @@ def test_twenty_random_kills(tmp_path, starter):
     print(f"4 models and {losses} logged losses of the students equal the undisturbed run's, bit for bit")
 
 
-@pytest.mark.parametrize("limit", [6_000, 20_000], ids=["at the first save", "where a student is saved"])
-def test_a_full_disk_is_said_and_costs_nothing(tmp_path, small, starter, limit):
-    """Files of at most so many bytes: the system's own error, from whoever writes."""
+def test_a_full_disk_is_said_and_costs_nothing(tmp_path, small, starter):
+    """Files as large as a model and no larger: the optimiser's state does not fit. It is the system's own error."""
     path, whole, _ = small
     run, log = tmp_path / "run", tmp_path / "log"
     before = starter.start("distill", path, "--output", run, log=log, at=f"{run}/{TEACHER}/checkpoint-4/rng", count=1)
     assert before["code"] == KILLED
     files = {p: p.read_bytes() for p in run.glob(f"{TEACHER}/checkpoint-2/*")}
+    limit = int(1.3 * (whole / "teacher" / "model.safetensors").stat().st_size)
     found = starter.start("distill", path, "--output", run, log=log, limit=limit)
     said = " ".join(log.read_text().split())
     assert found["code"] == 2 and "Traceback" not in said
-    assert "checkpoint-4 could not be written" in said and "File too large" in said or "PytorchStreamWriter" in said
+    assert "checkpoint-4 could not be written: " in said, said
     assert "the last whole one is checkpoint-2. Make room and resume: the training goes on from there." in said
     assert files and {p: p.read_bytes() for p in run.glob(f"{TEACHER}/checkpoint-2/*")} == files
     assert not (run / TEACHER / "checkpoint-4").exists()

@@ -99,6 +99,11 @@ THING = {"class_path": "evil.Thing", "init_args": {}}
         {"teacher__training__arguments": THING},
         {"training__arguments": {"optim": "evil.Thing"}},
         {"training__arguments": {"lr_scheduler_kwargs": THING}},
+        {"training__arguments": {"lr_scheduler_kwargs": {"of": [THING]}}},
+        {"training__arguments": {"lr_scheduler_kwargs": json.dumps(THING)}},
+        {"student__config__rope_scaling": THING},
+        {"teacher__config__hidden_act": json.dumps(THING)},
+        {"teacher__config__hidden_act": "!!python/name:evil.Thing"},
     ],
     ids=str,
 )
@@ -172,6 +177,7 @@ def with_code_of_its_own(folder: Path) -> Path:
 @pytest.mark.parametrize("whose", ["teacher", "student"])
 def test_a_models_own_code_is_not_run(recipe, ran, capsys, tmp_path, whose):
     folder = with_code_of_its_own(tmp_path / "model")
+    (folder / "preprocessor_config.json").unlink()
     message = refused(capsys, recipe(**{whose: {"path": str(folder)}}))
     assert f"{whose}.path" in message and "cannot be loaded" in message
 
@@ -190,9 +196,11 @@ def test_a_tokenizers_own_code_is_not_run(ran, tmp_path):
     own = {"tokenizer_class": "Thing", "auto_map": {"AutoTokenizer": ["evil.Thing", None]}}
     (folder / "tokenizer_config.json").write_text(json.dumps(own))
     shutil.copy("evil.py", folder / "evil.py")
-    (tmp_path / "a.txt").write_text("some words " * 200)
+    (tmp_path / "texts").mkdir()
+    for i in range(12):
+        (tmp_path / "texts" / f"{i}.txt").write_text(f"some words {i} " * 50)
     with pytest.raises(RecipeError, match="tokenizer"):
-        LanguageModeling(train=["a.txt"], tokenizer=str(folder)).load_data(Pretrained({}, None, None))
+        LanguageModeling(train=["texts"], tokenizer=str(folder)).load_data(Pretrained({}, None, None))
 
 
 def test_pickled_weights_are_not_opened(recipe, ran, capsys, tmp_path):
@@ -225,20 +233,20 @@ def test_no_kernel_is_fetched(recipe, ran, monkeypatch, capsys, kernel, key):
     for name in ("load_and_register_attn_kernel", "get_kernel", "lazy_load_kernel"):
         monkeypatch.setattr(hub_kernels, name, lambda *a, **k: pytest.fail("a kernel was fetched"), raising=False)
     path = recipe(**{f"student__{key}": kernel})
-    if key == "attn_implementation":
-        assert "attn_implementation" in refused(capsys, path)
-    else:
+    if key == "config___attn_implementation":
         assert main(["distill", path, "--seeds", "[0]"]) == 0  # what attention runs on is not the configuration's
+    else:
+        assert "attn_implementation" in refused(capsys, path)
 
 
-@pytest.mark.parametrize("name", ["evil", "hub:evil"])
+@pytest.mark.parametrize("name", ["./evil", "hub:evil"])
 def test_a_data_sets_script_is_not_run(ran, tmp_path, name):
     folder = tmp_path / "evil"
     folder.mkdir()
     (folder / "evil.py").write_text((tmp_path / "evil.py").read_text())
     with pytest.raises(RecipeError, match="evil"):
-        if name == "evil":
-            ImageClassification(data="evil").load_data(Pretrained({}, None, None))
+        if name == "./evil":
+            ImageClassification(data=name).load_data(Pretrained({}, None, None))
         else:
             LanguageModeling(train=[name]).load_data(Pretrained({}, None, None))
 
@@ -251,7 +259,9 @@ def test_a_script_among_images_is_not_run(recipe, ran, tmp_path):
                 Image.new("L", (8, 8), 20 * i).save(tmp_path / "pictures" / split / label / f"{i}.png")
     for name in ("pictures.py", "evil.py", "__init__.py"):
         shutil.copy("evil.py", tmp_path / "pictures" / name)
-    loaded = load_recipe(recipe(task={"image_classification": {"data": str(tmp_path / "pictures")}}))
+    loaded = load_recipe(
+        recipe(task={"image_classification": {"data": str(tmp_path / "pictures"), "validation_size": 4}})
+    )
     assert len(models_and_data(loaded, console())[1].test) == 16
 
 

@@ -26,13 +26,17 @@ def check_trusted(tree: Any, key: str, given: set[str]) -> None:
         given: keys on the command line, which take the place of the file's.
 
     Raises:
-        ValueError: a key that the command line alone may give.
+        ValueError: something to import; a key that the command line alone may give.
     """
     if isinstance(tree, list):
         for index, part in enumerate(tree):
             check_trusted(part, f"{key}[{index}]", given)
     if not isinstance(tree, dict):
         return
+    if "class_path" in tree:  # jsonargparse imports it, in options of any type too
+        raise ValueError(
+            f"{key or 'recipe'}: class_path={tree['class_path']!r}: a recipe imports nothing. Leave it out."
+        )
     for name, value in tree.items():
         where = f"{key}.{name}" if key else str(name)
         told = name in COMMAND_LINE_ALONE and value is not None and not isinstance(value, dict)
