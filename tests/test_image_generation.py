@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import weakref
 from functools import partial
@@ -1007,7 +1008,7 @@ def test_a_short_training_beats_noise(tmp_path):
     assert task.score(model, splits.validation, 100)["noise_error"] == pytest.approx(1, abs=0.05)
     data = task.training_data(splits.train, model, seed=0)
     run = trainer(
-        tmp_path, models=(model, model), collate=data.collate, learning_rate=3e-3, max_steps=60,
+        tmp_path, models=(model, copy.deepcopy(model)), collate=data.collate, learning_rate=3e-3, max_steps=60,
         per_device_train_batch_size=32, objectives_used=("task",), train_dataset=data.samples,
     )  # fmt: skip
     run.train()

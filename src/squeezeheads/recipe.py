@@ -24,7 +24,7 @@ from squeezeheads.batches import ONLY
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.objectives import OBJECTIVES, Objective
 from squeezeheads.tasks import TASKS, Task
-from squeezeheads.trust import check_trusted
+from squeezeheads.trust import refuse_imports, refuse_untrusted
 from squeezeheads.yaml_text import read_yaml
 
 
@@ -335,6 +335,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"{path}: {_readable(str(error))}") from error
     values = {f.name: parsed[f.name] for f in dataclasses.fields(Recipe)}
     try:
+        refuse_untrusted(values, _overrides(overrides))
         return _build(Recipe, values, "")
     except ValueError as error:
         raise RecipeError(f"{path}: {error}") from error
@@ -346,7 +347,7 @@ def _refuse_imports(path: Path, overrides: Sequence[str]) -> None:
     try:
         tree = read_yaml(path.read_text(encoding="utf-8"))
         _check_mappings(Recipe, tree, "")
-        check_trusted(tree, "", {key.replace("-", "_") for key, _ in _overrides(overrides)})
+        refuse_imports(tree)
         for key, text in _overrides(overrides):
             value = read_yaml(text)
             for part in reversed(key.split(".")):
