@@ -118,7 +118,7 @@ def test_core_requires_torch_and_numpy_alone() -> None:
 
 def test_extras() -> None:
     extras = requirements()
-    assert set(extras) == {None, "hf", "eval", "diffusion", "trl", "timm", "all", "dev"}
+    assert set(extras) == {None, "hf", "eval", "diffusion", "peft", "trl", "timm", "all", "dev"}
     assert extras["hf"] >= {"transformers", "accelerate", "datasets", "safetensors", "jsonargparse[signatures]", "rich"}
     assert extras["eval"] == {"lm-eval", "rouge-score", "torchmetrics"}
     assert extras["timm"] == {"timm", "torchvision"}
@@ -126,7 +126,7 @@ def test_extras() -> None:
 
 def test_all_is_everything_but_timm_and_dev() -> None:
     extras = requirements()
-    assert extras["all"] == extras["hf"] | extras["eval"] | extras["diffusion"] | extras["trl"]
+    assert extras["all"] == extras["hf"] | extras["eval"] | extras["diffusion"] | extras["peft"] | extras["trl"]
 
 
 def test_every_required_package_has_its_extra_in_the_table() -> None:
