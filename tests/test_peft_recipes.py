@@ -10,9 +10,17 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertLMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
-from squeezeheads.adapters import AdaptersOff
+from squeezeheads.adapters import AdaptersOff, LoraSpec, add_lora
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.planning import plan_recipe
@@ -20,6 +28,7 @@ from squeezeheads.preflight import Models, check_models
 from squeezeheads.recipe import Recipe, load_recipe
 from squeezeheads.run import _Run
 from squeezeheads.tasks import LanguageModeling, Pretrained
+from squeezeheads.tasks.causal import check_causal
 from squeezeheads.tasks.tokenization import train_byte_bpe
 from tiny import write_recipe
 
@@ -169,6 +178,20 @@ def test_without_peft_the_extra_is_named(write, capsys, monkeypatch):
     assert main(["distill", recipe]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert "adapters need the package peft" in said and "squeezeheads[peft]" in said
+
+
+def test_an_adapted_model_that_sees_later_tokens_is_found():
+    """By the class of its base: peft's own says nothing of it."""
+    sizes = {"hidden_size": 12, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    batch = {"input_ids": torch.arange(8)[None]}
+    for is_decoder in (True, False):
+        model = BertLMHeadModel(BertConfig(vocab_size=40, is_decoder=is_decoder, **sizes))
+        student = add_lora(model, LoraSpec(target_modules=["query"]))
+        if is_decoder:
+            check_causal(student, batch, "student")
+        else:
+            with pytest.raises(RecipeError, match="student: .*sees later tokens"):
+                check_causal(student, batch, "student")
 
 
 # -- images ----------------------------------------------------------------------------------------------------------

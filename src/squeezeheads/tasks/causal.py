@@ -126,7 +126,7 @@ def check_causal(model: PreTrainedModel, batch: Mapping[str, Tensor], whose: str
     if ids.shape[1] > 1 and _sees_later_tokens(model, ids):
         way_out = "set is_decoder: true in its config" if hasattr(model.config, "is_decoder") else "choose another"
         raise RecipeError(
-            f"{whose}: {type(model).__name__} sees later tokens, so it would be given the token that it predicts: "
+            f"{whose}: {type(bare).__name__} sees later tokens, so it would be given the token that it predicts: "
             f"{way_out}."
         )
 
