@@ -121,7 +121,7 @@ PLACES = {
     "saving a finished student": [
         ("tensors {run}/students/distilled/seed-0/model", 1),
         ("move {run}/students/distilled/seed-0/result.json", 1),
-        (f"tree {{run}}/{STUDENT}", 4),
+        (f"tree {{run}}/{STUDENT}", 1),
     ],
     "its end": [("move {run}/student", 3), ("move {run}/results.json", 1), ("tree {run}/work", 1)],
 }
