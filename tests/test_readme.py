@@ -39,7 +39,7 @@ def test_command_line_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert len(recipe.strip().splitlines()) <= 10
     Path("mine.yaml").write_text(recipe)
     commands = [shlex.split(line, comments=True) for line in blocks("sh")[1].strip().splitlines()]
-    assert [c[:2] for c in commands] == [["squeezeheads", "distill"], ["squeezeheads", "evaluate"]]
+    assert [c[:2] for c in commands] == [["squeezeheads", name] for name in ("plan", "distill", "evaluate")]
     for command in commands:
         assert main(command[1:]) == 0
     assert "accuracy" in capsys.readouterr().out
