@@ -166,6 +166,15 @@ def test_the_skeletons_are_recipes(tmp_path):
         assert answer == expected, yaml.safe_dump(skeleton)
 
 
+@pytest.mark.parametrize("name", ["1", "1.5", "2026-01-01", "null"])
+@pytest.mark.parametrize("model", ["teacher", "student"])
+def test_an_option_whose_name_is_no_text(tmp_path, model, name):
+    """Found by fuzzing: YAML reads these as numbers, a date and nothing."""
+    for skeleton in (IMAGES, TEXTS):
+        text = yaml.safe_dump(skeleton).replace(f"{model}:\n  config:\n", f"{model}:\n  config:\n    {name}: 3\n")
+        assert planned_or_refused(tmp_path / "recipe.yaml", text, []) in ("refused", "no go"), text
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -169,6 +169,8 @@ def _refused(
 
 def _check_changes(changes: Mapping[str, Any], config: PreTrainedConfig, key: str) -> None:
     for name, value in changes.items():
+        if not isinstance(name, str):
+            raise RecipeError(f"{key}: {name!r} is a {type(name).__name__}, expected the name of an option.")
         if not hasattr(config, name):
             raise RecipeError(f"{key}.{name} is no option of {type(config).__name__}.{similar(name, config.to_dict())}")
         check_count(name, value, key)
