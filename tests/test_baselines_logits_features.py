@@ -42,8 +42,8 @@ def kl(p, q):
 
 
 def dense(objective, student, teachers, targets=None):
-    """As the definitions stand, with probabilities rather than their logarithms."""
-    scores = torch.stack([t.double() for t in teachers]).mean(0)
+    """As the definitions stand, with probabilities rather than their logarithms, in the student's dtype."""
+    scores = torch.stack([t.to(student.dtype) for t in teachers]).mean(0)
     p = (scores / objective.temperature).softmax(-1).detach()
     q = (student / objective.temperature).softmax(-1)
     if isinstance(objective, JensenShannon):
@@ -81,10 +81,14 @@ def test_logit_objectives_equal_the_dense_version(name, teachers, dtype, counted
     reference = student.detach().double().requires_grad_()
     expected = value_and_gradient(dense(LOGITS[name], reference, taught, targets), reference)
     found = value_and_gradient(call(LOGITS[name], student, taught, targets), student)
-    close = {"rtol": 1e-5, "atol": 1e-7} if dtype == torch.float32 else {"rtol": 1e-11, "atol": 1e-13}
-    for a, b in zip(found, expected, strict=True):
+    rtol, atol = (1e-5, 1e-7) if dtype == torch.float32 else (1e-11, 1e-13)
+    # What rounding does to the definitions themselves differs by processor; as much is allowed here.
+    leaf = student.detach().requires_grad_()
+    rounded = value_and_gradient(dense(LOGITS[name], leaf, taught, targets), leaf)
+    for a, b, naive in zip(found, expected, rounded, strict=True):
         assert a.dtype == dtype
-        torch.testing.assert_close(a.double(), b, **close)
+        budget = max(atol, 2 * float((naive - b).abs().max()))
+        torch.testing.assert_close(a.double(), b, rtol=rtol, atol=budget)
     if counted == "none":
         assert found[0] == 0 and (found[1] == 0).all()
 

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from squeezeheads.attention import compute_dtype
 from squeezeheads.objectives.base import Evidence, Objective, teacher_logits_of
 from squeezeheads.objectives.distillation_head import distillation_logits_of
 from squeezeheads.stored_logits import StoredLogits
@@ -38,7 +39,8 @@ class DeiTHard(Objective):
             TypeError: a student without a distillation head.
             ValueError: other classes than the teacher's.
         """
-        logits = distillation_logits_of(evidence.student).float()
+        logits = distillation_logits_of(evidence.student)
+        logits = logits.to(compute_dtype(logits))
         outputs = evidence.teacher if isinstance(evidence.teacher, list) else [evidence.teacher]
         taught = [teacher_logits_of(output) for output in outputs]
         for other in taught:

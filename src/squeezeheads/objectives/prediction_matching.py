@@ -8,6 +8,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from squeezeheads.attention import compute_dtype
 from squeezeheads.objectives.base import Evidence, Objective, logits_of
 
 
@@ -55,4 +56,5 @@ class PredictionMatching(Objective):
                     "same shape (B, channels, H, W). A variance that one model alone learns cannot be compared."
                 )
         goal = torch.stack([t.to(student.dtype) for t in taught]).mean(0) if len(taught) > 1 else taught[0]
-        return (student.float() - goal.float()).square().mean()
+        dtype = compute_dtype(student)
+        return (student.to(dtype) - goal.to(dtype)).square().mean()

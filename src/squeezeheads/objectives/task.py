@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from squeezeheads.attention import compute_dtype
 from squeezeheads.batches import PROBABILITIES
 from squeezeheads.objectives.base import Evidence, Objective, logits_of, output_named
 
@@ -37,7 +38,7 @@ class TaskLoss(Objective):
         if isinstance(probabilities, Tensor):
             return soft_cross_entropy(_class_logits(student), probabilities)
         if isinstance(by_class, Tensor) and isinstance(labels, Tensor):
-            return F.cross_entropy(by_class.float(), labels)
+            return F.cross_entropy(by_class.to(compute_dtype(by_class)), labels)
         loss = output_named(student, "loss")
         if not isinstance(loss, Tensor):
             raise TypeError(
@@ -63,7 +64,8 @@ def soft_cross_entropy(logits: Tensor, probabilities: Tensor) -> Tensor:
             f"label_probabilities {tuple(probabilities.shape)} do not fit the student's logits {tuple(logits.shape)}: "
             "expected (B, classes)."
         )
-    return F.cross_entropy(logits.float(), probabilities.float())
+    dtype = compute_dtype(logits)
+    return F.cross_entropy(logits.to(dtype), probabilities.to(dtype))
 
 
 def _class_logits(student: Any) -> Tensor:
