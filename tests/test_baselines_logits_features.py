@@ -22,7 +22,7 @@ from squeezeheads import (
     TaskLoss,
 )
 from squeezeheads.batches import next_token_targets
-from squeezeheads.objectives import Evidence
+from squeezeheads.objectives import Evidence, token_chunks
 from squeezeheads.objectives.projected_features import WHITENING_FLOOR
 from squeezeheads.objectives.token_chunks import mean_divergence
 from tiny import classifier, image_batch, language_model, token_batch
@@ -91,6 +91,21 @@ def test_logit_objectives_equal_the_dense_version(name, teachers, dtype, counted
         torch.testing.assert_close(a.double(), b, rtol=rtol, atol=budget)
     if counted == "none":
         assert found[0] == 0 and (found[1] == 0).all()
+
+
+@pytest.mark.parametrize("name", LOGITS)
+@pytest.mark.parametrize("counted", ["some", "none"])
+def test_predictions_that_do_not_count_are_computed_along_where_looking_would_wait(name, counted, monkeypatch):
+    student, taught, targets = problem(teachers=2)
+    targets = targets if counted == "some" else torch.zeros_like(targets)
+    with torch.no_grad():
+        student[~targets] = torch.inf  # whatever a model says there
+    expected = value_and_gradient(call(LOGITS[name], student, taught, targets), student)
+    monkeypatch.setattr(token_chunks, "_finding_is_cheap", lambda device: False)
+    found = value_and_gradient(call(LOGITS[name], student, taught, targets), student)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+    assert (found[1][~targets] == 0).all()
 
 
 @pytest.mark.parametrize("name", LOGITS)
@@ -254,7 +269,7 @@ def test_teachers_get_no_gradient_and_none_is_made_without_one():
 PROBE = """
 import json, resource, sys, torch
 from squeezeheads import JensenShannon, LogitKD, ReverseKL
-from squeezeheads.objectives import Evidence
+from squeezeheads.objectives import Evidence, token_chunks
 torch.set_num_threads(1)
 kind = {"forward": LogitKD, "reverse": ReverseKL, "js": JensenShannon}[sys.argv[1]]
 def run(tokens):

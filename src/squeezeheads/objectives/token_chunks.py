@@ -117,7 +117,10 @@ def mean_divergence(
             f"prediction, {tuple(student.shape[:-1])}."
         )
     wants = torch.is_grad_enabled() and student.requires_grad
-    problem = _Problem([_detached(t) for t in teachers], divergence, temperature, targets, chunk_bytes, wants)
+    # A cache holds nothing of predictions that do not count, so they cannot be computed along.
+    stored = any(isinstance(t, StoredLogits) for t in teachers)
+    selects = targets is not None and (stored or _finding_is_cheap(student.device))
+    problem = _Problem([_detached(t) for t in teachers], divergence, temperature, targets, chunk_bytes, wants, selects)
     value: Tensor = _MeanDivergence.apply(student, problem)
     return value
 
@@ -130,16 +133,35 @@ class _Problem:
     targets: Tensor | None
     chunk_bytes: int
     gradient: bool
+    selects: bool  # predictions that do not count are left out, and not computed along
 
     def chunks(self, student: Tensor, work: torch.dtype) -> Iterator[tuple[Tensor, ...]]:
-        """Coordinates of the predictions that count: index tensors for all dimensions of the logits but the last."""
-        if self.targets is None:
+        """Coordinates of predictions, of all those that count at least: index tensors for all dimensions of the logits
+        but the last."""
+        if self.targets is not None and self.selects:
+            coordinates = self.targets.nonzero(as_tuple=True)
+        else:
             shape = student.shape[:-1]
             coordinates = torch.unravel_index(torch.arange(math.prod(shape), device=student.device), shape)
-        else:
-            coordinates = self.targets.nonzero(as_tuple=True)
         for part in slices(len(coordinates[0]), _rows_in(self.chunk_bytes, student.shape[-1], work)):
             yield tuple(axis[part] for axis in coordinates)
+
+    def silenced(self, where: tuple[Tensor, ...], *log_probabilities: Tensor) -> Sequence[Tensor]:
+        """Both models' (n, V), alike where a prediction does not count: its divergence and gradient are 0."""
+        if self.targets is None or self.selects:
+            return log_probabilities
+        off = ~self.targets[where][:, None]
+        return [scores.masked_fill_(off, -math.log(scores.shape[-1])) for scores in log_probabilities]
+
+    def count(self, found: int) -> Tensor | int:
+        """Predictions that count, and at least 1.
+
+        Args:
+            found: those that ``chunks`` gave.
+        """
+        if self.targets is None or self.selects:
+            return max(found, 1)
+        return self.targets.sum().clamp_min(1)
 
 
 class _MeanDivergence(torch.autograd.Function):
@@ -147,19 +169,20 @@ class _MeanDivergence(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, problem: _Problem) -> Tensor:
         work = torch.promote_types(student.dtype, torch.float32)
         ctx.set_materialize_grads(False)
-        total, count = torch.zeros((), dtype=work, device=student.device), 0
+        total, found = torch.zeros((), dtype=work, device=student.device), 0
         # Not yet divided by the count: small gradients would underflow in half precision.
         gradient = torch.zeros(student.shape, dtype=student.dtype, device=student.device) if problem.gradient else None
         for where in problem.chunks(student, work):
             log_student = _log_probabilities([student], where, work, problem.temperature)
             log_teacher = _log_taught(problem, where, log_student)
+            log_student, log_teacher = problem.silenced(where, log_student, log_teacher)
             value, by_score = problem.divergence(log_student, log_teacher, problem.gradient)
             total += value
-            count += len(where[0])
+            found += len(where[0])
             if gradient is not None:
                 assert by_score is not None
                 gradient[where] = by_score.div_(problem.temperature).to(gradient.dtype)
-        ctx.count = max(count, 1)
+        ctx.count = problem.count(found)
         if gradient is not None:
             ctx.save_for_backward(gradient)
         return total / ctx.count
@@ -193,6 +216,11 @@ class _OnceOnly(torch.autograd.Function):
             "logit objectives have no second derivative: their gradient is made in the forward pass. Where one is "
             "needed, write the divergence out with torch's own functions."
         )
+
+
+def _finding_is_cheap(device: torch.device) -> bool:
+    """Whether to look which predictions count. Other devices than the CPU would have to be waited for."""
+    return device.type == "cpu"
 
 
 def _rows_in(chunk_bytes: int, classes: int, dtype: torch.dtype) -> int:

@@ -38,7 +38,8 @@ def mixing_matrix(
         weights: how a group's weights are found, per sample (METHOD §3):
 
             * ``"least_squares"``: rounds of adjacent pairs, each with the clipped closed-form α of SHD;
-            * ``"joint"``: the best convex weights for the whole group at once;
+            * ``"joint"``: the best convex weights for the whole group at once; the one solver that makes the host wait
+              for a GPU, since it stops when it is done;
             * ``"values"``: rounds with α = ⟨X_p, Y⟩ / ‖Y‖², which leaves the maps out; cost linear in ``K``;
             * ``"mean"``: 1/k each, the constant merge;
             * ``"select"``: weight 1 on the head that leaves the smallest residual, the hard choice.
