@@ -81,7 +81,7 @@ class Design:
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """None where a study that is tuned by another takes its rates over too."""
     weights: tuple[float, ...] = (0.3, 1.0, 3.0)
-    widest: int = 2
+    widest: int = 4
     """How many times a grid is widened, by the same factor, where its edge wins."""
     step_rounding: int = 50
     """Steps at equal time are rounded to a multiple of it."""
@@ -136,8 +136,7 @@ class Study:
 
     def complete(self) -> bool:
         """Make every run that is not stored: the main methods on all seeds, variants, equal time, then what is
-        reported last; ``False`` where
-        the minutes were over before."""
+        reported last; ``False`` where the minutes were over before."""
         try:
             self._all()
         except OutOfTime:
@@ -161,8 +160,9 @@ class Study:
     def tune(self, method: str) -> None:
         """Weight and decay at the reference's learning rate, then the learning rate at the best of them."""
         if self.tuned is not None and not self.design.rates:
-            # Its own search is a run each: what is reported is chosen by this setting's scores.
-            for run in self.tuned.chosen(method):
+            # Its own search is a run each: of two decays this setting's scores choose.
+            both = method in self.design.both_decays
+            for run in self.tuned.chosen(method) if both else [self.tuned.best(method)]:
                 self._search(run)
             return
         if method in self.design.unweighted:
@@ -201,10 +201,11 @@ class Study:
         for _ in range(1 + self.design.widest):
             for rate in grid:
                 self._search(Run(method, weight, decay, rate, first, self.design.steps))
+            # It may lie outside the grid, where the weights were searched.
             best = self.best(method, weight=weight, decay=decay).rate
-            if best == max(grid):
+            if best >= max(grid):
                 grid.append(2 * best)
-            elif best == min(grid):
+            elif best <= min(grid):
                 grid.insert(0, best / 2)
             else:
                 break

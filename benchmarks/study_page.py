@@ -58,8 +58,20 @@ def markdown(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) if body else NOTHING
 
 
+def best_of_each(study: Study) -> dict[str, Run]:
+    """By method, of what is reported the run that the validation split chose, whatever the test split says."""
+    found = {run.method: run for run in reported(study)}
+    chosen = {name: replace(study.best(study.design.variants.get(name, name)), method=name) for name in found}
+    return {name: run for name, run in chosen.items() if len(study.lines(run)) == len(study.design.seeds)}
+
+
+def _validation(study: Study, run: Run) -> float:
+    """On the first seed, which settings are chosen by."""
+    return float(study.lines(run)[0]["validation"])
+
+
 def reported(study: Study) -> list[Run]:
-    """Runs of the common number of steps that are there on every seed, best first."""
+    """Runs of the common number of steps that are there on every seed, best on test first."""
     found = []
     for method in study.design.methods:
         source = study.design.variants.get(method, method)
@@ -129,10 +141,10 @@ def _equal_time(study: Study, unit: str) -> list[list[str]]:
 def _gains(study: Study) -> list[list[str]]:
     """Each gain is a difference of two test scores on the same seed."""
     rows = [["gain on test", "mean ± spread", "seeds 0, 1, 2"]]
-    found = {run.method: run for run in reversed(reported(study))}  # of two decays the better
+    found = best_of_each(study)
     if not {study.design.unweighted[0], study.design.reference, *study.design.main} <= found.keys():
         return rows
-    best_baseline = min((found[name] for name in study.design.baselines), key=lambda run: _mean(study, run))
+    best_baseline = min((found[name] for name in study.design.baselines), key=lambda run: _validation(study, run))
     paper = found[study.design.paper]
     for worse, better in (
         (found[study.design.unweighted[0]], found[study.design.reference]),
@@ -177,7 +189,7 @@ def _draw(study: Study, file: Path, unit: str) -> bool:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
 
-    found = {run.method: run for run in reversed(reported(study))}
+    found = best_of_each(study)
     shown = [name for name in (*study.design.unweighted, *study.design.main) if name in found]
     if not shown:
         return False

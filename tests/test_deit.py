@@ -70,6 +70,7 @@ def test_parts_of_a_batch_add_up(objective):
     for sizes in ([7], [2, 4, 1]):
         student = deit_student().eval()
         distillation = Distillation(teacher, {"d": objective})
+        distillation.prepare(student, [batch])
         counts = distillation.count(batch)
         parts = zip(*(value.split(sizes) for value in batch.values()), strict=True)
         loss = sum(distillation(student, dict(zip(batch, part, strict=True)), counts=counts).loss for part in parts)

@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 import torch.nn.functional as F
 
 from squeezeheads import (
@@ -72,6 +73,8 @@ def parts(batch: dict, sizes: list[int]) -> list[dict]:
     return [{k: v[a : a + n] for k, v in batch.items()} for a, n in zip(starts, sizes, strict=True)]
 
 
+CAUSAL = {"targets": next_token_targets}
+
 # Those of denoisers: tests/test_diffusion.py.
 DENOISERS_ALONE = {"prediction_matching"}
 
@@ -111,6 +114,23 @@ def test_parts_of_a_batch_add_up_to_the_whole(name):
         torch.testing.assert_close(loss, found[0][0], rtol=1e-5, atol=1e-7)
         for a, b in zip(grads, found[0][1], strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_which_predictions_count_is_told_by_the_student(wrapped):
+    """Position i of a causal language model predicts label i + 1: a prompt's last position counts, the last one not."""
+    teacher, student, batch = language_model(6, seed=1).eval(), language_model(3).eval(), token_batch([9, 6], total=9)
+    batch["labels"][:, :4] = -100
+    if wrapped:
+        student = get_peft_model(student, LoraConfig(target_modules=["q_proj"]))
+    by_default, told = (Distillation(teacher, {"logits": LogitKD()}, **options) for options in ({}, CAUSAL))
+    with pytest.raises(RuntimeError, match="prepare"):
+        by_default.count(batch)
+    assert by_default(student, batch).terms == told(student, batch).terms
+    assert by_default.count(batch) == {"logits": 5 + 2}
+    images = Distillation(classifier(6).eval(), {"logits": LogitKD()})
+    images(classifier(3), image_batch(4))
+    assert images.count(image_batch(4)) == {"logits": 4}
 
 
 @pytest.mark.parametrize("name", TEXT_ROWS)

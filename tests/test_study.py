@@ -15,7 +15,7 @@ from benchmarks.generation import STUDY as GENERATION
 from benchmarks.language import DESIGN
 from benchmarks.language import STUDY as LANGUAGE
 from benchmarks.study import Run, Study
-from benchmarks.study_page import write_page
+from benchmarks.study_page import best_of_each, reported, write_page
 
 BEST_RATE = {"no teacher": 2e-3, "logit KD": 4e-3, "FitNets": 8e-3}
 SECONDS = {"no teacher": 10.0, "logit KD": 20.0, "FitNets": 25.0, DESIGN.ours: 60.0}
@@ -46,11 +46,18 @@ class Bench:
         }
 
 
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """What each line says of machine and commit takes a process to find out."""
+    monkeypatch.setattr("benchmarks.study.describe_run", dict)
+
+
 @pytest.fixture
 def study(tmp_path):
-    def make(name="first", tuned=None, seeds=None):
+    def make(name="first", tuned=None, seeds=None, **changes):
         bench = Bench()
-        made = Study(name, DESIGN, tmp_path / f"{name}.jsonl", lambda: bench, tuned=tuned, seeds=seeds)
+        design = replace(DESIGN, **changes)
+        made = Study(name, design, tmp_path / f"{name}.jsonl", lambda: bench, tuned=tuned, seeds=seeds)
         made.bench = bench
         return made
 
@@ -67,12 +74,31 @@ def test_weights_and_rates_are_widened_where_an_edge_wins(study):
     done.complete()
     assert done.best("logit KD").rate == 4e-3
     fitnets = [run for run in done.bench.made if run.method == "FitNets" and run.seed == 0 and run.steps == 600]
-    assert {run.weight for run in fitnets} == {0.3, 1.0, 3.0, 10.0, 30.0}
+    assert {run.weight for run in fitnets} == {0.3, 1.0, 3.0, 10.0, 30.0, 100.0}
     assert {run.rate for run in fitnets} == {1e-3, 2e-3, 4e-3, 8e-3, 16e-3}
     assert done.best("FitNets") == Run("FitNets", 30.0, "linear", 8e-3, 0, 600)
     # Every weight was tried under both decays, at the rate of logit KD.
     for weight in (0.3, 1.0, 3.0, 10.0, 30.0):
         assert {run.decay for run in fitnets if run.weight == weight and run.rate == 4e-3} == {"none", "linear"}
+
+
+def test_rates_are_widened_where_the_weights_were_searched_outside_their_grid(study):
+    done = study(rates=(5e-4, 1e-3))
+    done.complete()
+    rates = {run.rate for run in done.bench.made if run.method == "FitNets" and run.steps == 600}
+    assert done.best("logit KD").rate == 4e-3 and done.best("FitNets").rate == 8e-3
+    assert rates == {5e-4, 1e-3, 4e-3, 8e-3, 16e-3}
+
+
+def test_decays_are_chosen_by_validation_and_not_by_test(study):
+    done = study()
+    done.complete()
+    (one, other) = done.chosen(DESIGN.ours)
+    worse = one if done.best(DESIGN.ours) == replace(other, seed=0) else other
+    for line in done.lines(worse):
+        line["test"] = 0.0
+    assert reported(done)[0].decay == worse.decay
+    assert best_of_each(done)[DESIGN.ours].decay != worse.decay
 
 
 def test_what_is_reported_is_there_on_every_seed_with_the_same_settings(study):

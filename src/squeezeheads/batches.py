@@ -52,6 +52,19 @@ def next_token_targets(inputs: Inputs) -> Tensor | None:
     return torch.cat([labelled[:, 1:], torch.zeros_like(labelled[:, :1])], dim=1)
 
 
+def shifts_labels(model: nn.Module) -> bool:
+    """Whether a model's loss compares each prediction with the next label: transformers' causal language models, in
+    wrappers too (PEFT, DDP)."""
+    kinds = (vars(module).get("loss_type") for module in model.modules())
+    kind = next((kind for kind in kinds if isinstance(kind, str)), None)
+    if kind is None:
+        return False
+    from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+
+    config = getattr(model, "config", None)
+    return LOSS_MAPPING.get(kind) is ForCausalLMLoss and not getattr(config, "is_encoder_decoder", False)
+
+
 def one_pass(inputs: Inputs) -> Sequence[Inputs]:
     """A batch that the models see once, as it is."""
     return [inputs]

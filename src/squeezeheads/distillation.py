@@ -16,7 +16,9 @@ from squeezeheads.batches import (
     Inputs,
     evaluating,
     labelled_targets,
+    next_token_targets,
     padding_rows,
+    shifts_labels,
 )
 from squeezeheads.objectives import Evidence, Objective
 from squeezeheads.recording import record_attention
@@ -59,7 +61,8 @@ class Distillation:
         rows: inputs → (B, Q) query rows that count for attention, or ``None`` for all. Default: no padding. Where the
             teacher has other special tokens, these are the student's rows.
         targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for
-            all. Default: labels other than -100. For causal language models pass ``next_token_targets``.
+            all. Default: labels other than -100, and for causal language models ``next_token_targets``; the first
+            student tells which.
         loss_takes_count: whether the student takes ``num_items_in_batch`` and divides its summed loss by it, as
             transformers' language models do. Others return a plain mean, which over no label is not a number: it
             counts nothing either way.
@@ -74,7 +77,7 @@ class Distillation:
         objectives: Mapping[str, Objective],
         *,
         rows: Callable[[Inputs], Tensor | None] = padding_rows,
-        targets: Callable[[Inputs], Tensor | None] = labelled_targets,
+        targets: Callable[[Inputs], Tensor | None] | None = None,
         loss_takes_count: bool = False,
     ) -> None:
         if not objectives:
@@ -119,8 +122,9 @@ class Distillation:
         Raises:
             ValueError, RecordingError: models that cannot be compared or recorded; labels predicted from padding.
         """
+        self._learn_targets(student)
         for batch in batches:
-            _check_targets(batch, self.targets(batch))
+            _check_targets(batch, self._targets(batch))
         if self.prepared:
             return
         if not batches:
@@ -169,7 +173,7 @@ class Distillation:
                         teacher=outputs,
                         taught=dict(enumerate(taught)),
                         rows=self.rows(batch),
-                        targets=self.targets(batch),
+                        targets=self._targets(batch),
                     )  # fmt: skip
                 )
         return observed
@@ -186,8 +190,12 @@ class Distillation:
         return None
 
     def count(self, inputs: Inputs) -> dict[str, Tensor]:
-        """How many items each objective's mean is taken over: sums over parts of a batch weigh the parts."""
-        rows, targets = self.rows(inputs), self.targets(inputs)
+        """How many items each objective's mean is taken over: sums over parts of a batch weigh the parts.
+
+        Raises:
+            RuntimeError: ``targets`` was not given, and no student told yet which predictions count.
+        """
+        rows, targets = self.rows(inputs), self._targets(inputs)
         return {name: _count(o, inputs, rows, targets) for name, o in self.objectives.items()}
 
     def __call__(
@@ -210,7 +218,8 @@ class Distillation:
         """
         if not self.prepared:
             self.prepare(student, [inputs])
-        whole = Evidence(inputs, student=None, rows=self.rows(inputs), targets=self.targets(inputs))
+        self._learn_targets(student)
+        whole = Evidence(inputs, student=None, rows=self.rows(inputs), targets=self._targets(inputs))
         outputs: dict[str, Any] = {}
         taught: dict[str, dict[int, Any]] = {}
         for source in self.teachers:
@@ -246,6 +255,18 @@ class Distillation:
             loss = part if loss is None else loss + part
         assert loss is not None
         return DistillationOutput(loss, terms, counted, whole.student)
+
+    def _learn_targets(self, student: nn.Module) -> None:
+        if self.targets is None:
+            self.targets = next_token_targets if shifts_labels(student) else labelled_targets
+
+    def _targets(self, inputs: Inputs) -> Tensor | None:
+        if self.targets is None:
+            raise RuntimeError(
+                "which predictions count depends on the student, and none was seen: call prepare(student, batches) "
+                "first, or give Distillation its `targets`."
+            )
+        return self.targets(inputs)
 
     def _teach(self, source: str, objectives: Sequence[Objective], inputs: Inputs) -> tuple[Any, dict[int, Any]]:
         """A teacher's outputs on a batch, and its planned attention by position."""

@@ -16,7 +16,14 @@ from torch.utils.data import Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from squeezeheads.adapters import AdaptersOff, load_adapters, shared_trained_weights
-from squeezeheads.batches import Inputs, labelled_targets, next_token_targets, one_pass, padding_rows
+from squeezeheads.batches import (
+    Inputs,
+    labelled_targets,
+    next_token_targets,
+    one_pass,
+    padding_rows,
+    shifts_labels,
+)
 from squeezeheads.checkpoints import WholeCheckpoints
 from squeezeheads.distillation import Distillation, named_teachers
 from squeezeheads.logged import check_names
@@ -119,7 +126,7 @@ class SqueezeTrainer(WholeCheckpoints):
         super().__init__(model=model, args=args, **kwargs)
         check_distribution(self.args, self.accelerator)
         if targets is None:
-            targets = next_token_targets if self._loss_shifts_labels else labelled_targets
+            targets = next_token_targets if shifts_labels(self.model) else labelled_targets
         # Whether the student can be run only when Trainer has prepared it for training.
         self._runs_late = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.distillation = Distillation(
