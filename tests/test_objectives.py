@@ -6,8 +6,8 @@ import dataclasses
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
 
 from squeezeheads import (
     AttentionMSE,
