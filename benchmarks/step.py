@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.environment import RESULTS, ROOT, print_table, write_result
+from benchmarks.environment import RESULTS, ROOT, describe_run, print_table, write_result
 from benchmarks.interleaved import interleaved
 from benchmarks.process_memory import peak_above
 
@@ -253,7 +253,9 @@ def main() -> None:
     names = chosen.setting or list(SETTINGS)
     stored = json.loads(FILE.read_text()) if FILE.is_file() else {"times": [], "memory": []}
     result = {part: [e for e in stored[part] if e["setting"] not in names] for part in ("times", "memory")}
+    result["made_by"] = stored.get("made_by", {})
     for name in names:
+        result["made_by"][name] = describe_run()
         measured = times_of(name, chosen.rounds)
         result["times"] += measured
         if not chosen.no_memory:

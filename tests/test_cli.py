@@ -450,6 +450,7 @@ def test_a_run_that_was_moved_is_the_same_run(finished, tmp_path):
     [
         ("diffusers", "fashion-dit", "pip install 'squeezeheads[diffusion]'"),
         ("transformers", "digits", "pip install 'squeezeheads[hf]'"),
+        ("accelerate", "digits", "pip install 'squeezeheads[hf]'"),  # which transformers misses, namelessly
         ("pathlib", "digits", "No extra of squeezeheads brings it"),
     ],
 )
@@ -471,7 +472,32 @@ def test_usage(capsys):
     out = capsys.readouterr().out
     assert all(command in out for command in ("distill", "evaluate", "demo"))
     assert main(["destill"]) == 2
-    assert "'destill'" in capsys.readouterr().err
+    assert "'destill' is no command. Did you mean distill?" in capsys.readouterr().err
+
+
+def test_a_reader_who_has_seen_enough_is_no_error():
+    """``squeezeheads distill --help | head -1``."""
+    command = [sys.executable, "-c", "import sys; from squeezeheads.cli import main; sys.exit(main())", "distill", "-h"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.wait(timeout=120) == 141
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--seeds=0", "seeds: Expected list. Got value: 0. A list is written [0]."),
+        (
+            "--objectives.attention.schedule=simlar",
+            "objectives.attention.schedule: Expected one of 'similar', 'progressive', 'balanced'. Got value: simlar. "
+            "Did you mean similar?",
+        ),
+    ],
+)
+def test_values_of_another_kind_are_answered_once_and_with_the_way_out(recipe, capsys, option, message):
+    assert main(["distill", str(recipe()), option]) == 2
+    assert message in capsys.readouterr().err
 
 
 HELP = {

@@ -21,7 +21,7 @@ import yaml
 
 from squeezeheads.adapters import LoraSpec
 from squeezeheads.batches import ONLY
-from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.errors import RecipeError, in_short, similar
 from squeezeheads.objectives import OBJECTIVES, Objective
 from squeezeheads.tasks import TASKS, Task
 from squeezeheads.trust import refuse_imports, refuse_untrusted
@@ -462,5 +462,15 @@ def _readable(message: str) -> str:
     text = re.sub(r"a <class '(\w+)'>", r"\1", text)
     text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
     keys = re.findall(r'Parser key "([^"]*)":', text)
-    text = re.sub(r'Parser key "[^"]*":', "", text)
-    return (f"{'.'.join(keys)}: " if keys else "") + " ".join(text.split())
+    text = " ".join(re.sub(r'Parser key "[^"]*":', "", text).split())
+    text = re.sub(r"^(.+?)(?: \1)+$", r"\1", text)  # said once for each type that the value might have had
+    one_of = re.search(r"Expected one of (.+?)\. Got value: (\S+)$", text)
+    if one_of is not None:
+        known = re.findall(r"'([^']*)'", one_of[1])
+        text += f".{similar(one_of[2], known)}"
+    a_list = re.search(r"Expected list\. Got value: ([^\[{]+)$", text)
+    if a_list is not None:
+        text += f". A list is written [{a_list[1]}]."
+    # A key that is named alone may be named by the option within it, too.
+    names = [key for before, key in zip(["", *keys], keys, strict=False) if not f".{before}".endswith(f".{key}")]
+    return (f"{'.'.join(names)}: " if names else "") + text

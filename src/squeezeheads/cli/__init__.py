@@ -37,14 +37,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     command, rest = arguments[0], arguments[1:]
     if command not in COMMANDS:
-        print(f"squeezeheads: {command!r} is no command.\n\n{USAGE}", file=sys.stderr)
+        from squeezeheads.errors import similar
+
+        print(f"squeezeheads: {command!r} is no command.{similar(command, COMMANDS)}\n\n{USAGE}", file=sys.stderr)
         return 2
     # Read when transformers is imported: its notices about optional packages say nothing about this run.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from squeezeheads.errors import RecipeError
+    from squeezeheads.errors import RecipeError, in_short
 
     try:
-        return importlib.import_module(f"squeezeheads.cli.{command}").main(rest)
+        code: int = importlib.import_module(f"squeezeheads.cli.{command}").main(rest)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # Whoever read this has seen enough (`| head`); Python would complain once more at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141  # 128 + SIGPIPE, as shells report it
     except RecipeError as error:
         print(f"squeezeheads {command}: {error}", file=sys.stderr)
         return 2
@@ -57,8 +65,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         from squeezeheads.extras import how_to_install
 
-        advice = how_to_install(error.name)
-        print(f"squeezeheads {command}: the package {error.name!r} is missing. {advice}", file=sys.stderr)
+        missing = _missing(error)
+        told = in_short(error) if missing is None else f"the package {missing!r} is missing."
+        print(f"squeezeheads {command}: {told} {how_to_install(missing)}", file=sys.stderr)
         return 2
     except Exception as error:
         from squeezeheads.files import disk_trouble
@@ -71,6 +80,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         print(f"squeezeheads {command}: a file could not be written: {trouble}{advice}", file=sys.stderr)
         return 2
+
+
+def _missing(error: BaseException) -> str | None:
+    """The package that could not be imported: lazy imports of other libraries raise a nameless error from the real
+    one."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, ModuleNotFoundError) and found.name is not None:
+            return found.name.split(".")[0]
+        found = found.__cause__ or found.__context__
+    return None
 
 
 def hide_foreign_bars() -> None:
