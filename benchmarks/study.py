@@ -81,7 +81,7 @@ class Design:
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3)
     """None where a study that is tuned by another takes its rates over too."""
     weights: tuple[float, ...] = (0.3, 1.0, 3.0)
-    widest: int = 4
+    widest: int = 2
     """How many times a grid is widened, by the same factor, where its edge wins."""
     step_rounding: int = 50
     """Steps at equal time are rounded to a multiple of it."""

@@ -162,7 +162,7 @@ def _gains(study: Study) -> list[list[str]]:
 
 def _search(study: Study) -> list[list[str]]:
     """What was tried on the first seed before anything was chosen."""
-    rows = [["method", "runs tried", "weights", "learning rates", "best on validation"]]
+    rows = [["method", "runs tried", "weights", "learning rates", "best on validation", "its settings at an edge"]]
     for method in study.design.methods:
         lines = study.tried(method)
         if not lines:
@@ -171,8 +171,21 @@ def _search(study: Study) -> list[list[str]]:
         rates = sorted({line["run"]["rate"] for line in lines})
         best = min(line["validation"] for line in lines)
         numbers = [", ".join(f"{value:g}" for value in values) for values in (weights, rates)]
-        rows.append([method, str(len(lines)), *numbers, f"{best:.3f}"])
+        rows.append([method, str(len(lines)), *numbers, f"{best:.3f}", _edges(study, method)])
     return rows
+
+
+def _edges(study: Study, method: str) -> str:
+    """Which settings of a method's best run might have been better beyond what was tried."""
+    searched = {"weight": study.tuned is None, "rate": bool(study.design.rates)}
+    best, edges = study.best(method), []
+    for setting in ("weight", "rate"):
+        values = {line["run"][setting] for line in study.tried(method)} - {None}
+        value = getattr(best, setting)
+        if searched[setting] and len(values) > 1 and value in (min(values), max(values)):
+            name = "learning rate" if setting == "rate" else setting
+            edges.append(f"{name} {value:g}, the {'least' if value == min(values) else 'greatest'}")
+    return "; ".join(edges)
 
 
 def _paired(study: Study, worse: Run, better: Run) -> list[float]:

@@ -10,6 +10,7 @@
       students/NAME/seed-N the students, plain checkpoints, each with its result.json
       student/             the best distilled student on the validation split
       results.json, results.md, figures/
+      report.html          all of it on one page
       work/                checkpoints of what is not done: teachers/NAME, students/NAME/seed-N; gone at the end
 
 Each step that is done is marked by its file: started again, a run goes on where it stopped.
@@ -33,7 +34,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from squeezeheads.adapters import AdaptersOff, load_model
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluate import evaluate
-from squeezeheads.evaluation import attention_fidelity
+from squeezeheads.evaluation import attention_fidelity, squeezing_losses
 from squeezeheads.files import finite, read_json, store_json, store_text
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import (
@@ -46,6 +47,9 @@ from squeezeheads.preflight import (
 )
 from squeezeheads.recipe import DISTILLED, Recipe, TeacherSpec, TrainingSpec, dump_recipe, folder_name
 from squeezeheads.reports.figures import attention_figures
+from squeezeheads.reports.gains import summary
+from squeezeheads.reports.made_by import describe_run
+from squeezeheads.reports.page import write_page
 from squeezeheads.reports.progress import ProgressBar
 from squeezeheads.reports.tables import plan_table, result_markdown, result_table
 from squeezeheads.run_cache import cached_teacher, check_caches
@@ -109,16 +113,19 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         "teachers": run.teacher_results(),
         "students": _with_step_ratios(students),
         "step_time_reference": next(iter(students)),
+        "less_is_better": models.task.less_is_better,
+        "made_by": describe_run(),
     }
-    _keep_best(results, models.task, output)
-    run.draw()
+    results["best_seed"] = _keep_best(results, models.task, output)
+    results["squeezing"] = run.draw()
     store_json(output / "results.json", results)
     store_text(output / "results.md", result_markdown(results))
     shutil.rmtree(output / "work", ignore_errors=True)
     console.print(result_table(results))
-    console.print(
-        f"student: {output / 'student'}   pictures: {output / 'figures'}   numbers: {output / 'results.json'}"
-    )
+    page = write_page(output, DISTILLED)
+    for line in summary(results, DISTILLED):
+        console.print(line, highlight=False)
+    console.print(f"student: {output / 'student'}   page: {page}   numbers: {output / 'results.json'}")
     return results
 
 
@@ -245,19 +252,23 @@ class _Run:
         shutil.rmtree(self.output / "work" / work, ignore_errors=True)
         return result
 
-    def draw(self) -> None:
-        """Pictures of the best student's attention beside its teachers'."""
+    def draw(self) -> dict[str, list[float | None]]:
+        """Pictures of the best student's attention beside its teachers'; returns what squeezing loses of each planned
+        layer, by objective."""
         if not self.yardsticks:
-            return
+            return {}
         device, implementation = self.device, self.recipe.student.attn_implementation
         student = load_model(self.task.load, str(self.output / "student"), implementation).to(device)
         teachers = self.teachers_of(student)
         (batch, *_) = self.task.batches([self.splits.test[i] for i in range(min(8, len(self.splits.test)))], 8, device)
         inputs = {key: value for key, value in batch.items() if key != "labels"}
+        lost = {}
         for name, objective in self.yardsticks.items():
             folder = self.output / "figures" if len(self.yardsticks) == 1 else self.output / "figures" / name
             teacher = teachers[objective.teacher or next(iter(teachers))]
             attention_figures(student, teacher, objective, inputs, folder, rows=self.task.rows(batch))
+            lost[name] = squeezing_losses(teacher, objective, inputs, self.task.rows(batch))
+        return lost
 
     def _trainer(
         self,
@@ -291,8 +302,8 @@ class _Run:
         return trainer
 
 
-def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> None:
-    """Copy the distilled student that does best on the validation split to ``student/``."""
+def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> int:
+    """Copy the distilled student that does best on the validation split to ``student/``; returns its seed."""
     runs = [run for run in results["students"][DISTILLED] if finite(run["validation"][task.selection]) is not None]
     if not runs:
         raise RecipeError(
@@ -307,6 +318,7 @@ def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> None:
     shutil.copytree(source, part, ignore=shutil.ignore_patterns("result.json"))
     shutil.rmtree(kept, ignore_errors=True)  # not before: a full disk must not take an earlier start's
     part.rename(kept)  # in one move: a student that is there is whole
+    return int(best["seed"])
 
 
 def _with_step_ratios(students: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:

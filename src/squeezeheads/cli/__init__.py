@@ -10,6 +10,7 @@ from collections.abc import Sequence
 COMMANDS = {
     "plan": "show what a recipe would do and cost, and all that is wrong with it; trains nothing",
     "distill": "carry out a recipe: train students, compare them, save the best",
+    "report": "write the page of a finished run anew",
     "evaluate": "measure a saved student on a recipe's test split",
     "demo": "the whole job on the digits that scikit-learn ships, in a few minutes",
 }

@@ -1,5 +1,6 @@
 """What a student is worth: task metrics, and how faithful its attention is to the teacher's."""
 
 from squeezeheads.evaluation.fidelity import attention_fidelity
+from squeezeheads.evaluation.squeezing import squeezing_losses
 
-__all__ = ["attention_fidelity"]
+__all__ = ["attention_fidelity", "squeezing_losses"]

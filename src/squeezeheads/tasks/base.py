@@ -133,6 +133,11 @@ class Task:
         """The metrics of ``measure`` that the table shows, the main one first."""
         return (self.metric, *self.shown)
 
+    @property
+    def less_is_better(self) -> bool:
+        """Whether less of ``metric`` is better."""
+        return self.selection_is_loss and self.metric == self.selection
+
     def new_config(self, changes: Mapping[str, Any], key: str, base: Any = None) -> Any:
         """The configuration of a new model, see ``modeling.new_config``."""
         return modeling.new_config(self, changes, key, base)
