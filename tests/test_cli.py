@@ -79,6 +79,8 @@ def test_distill_leaves_table_pictures_and_plain_students(finished):
             assert len(run["losses"]) == 3 and ("attention" in run["losses"][0]) == (name == "distilled")
     table = (output / "results.md").read_text()
     assert "teacher" in table and "distilled" in table and "±" in table
+    assert results["squeezing"]["attention"] == [pytest.approx(0.5, abs=0.5)] and results["best_seed"] in (0, 1)
+    assert "Who taught whom: attention" in (output / "report.html").read_text()
     assert (output / "figures" / "layer-0.png").stat().st_size > 5000
     student = AutoModelForImageClassification.from_pretrained(output / "student")
     assert student.config.num_attention_heads == 3 and student.config.hidden_size == 12

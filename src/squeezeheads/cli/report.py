@@ -10,8 +10,8 @@ from squeezeheads.errors import RecipeError
 
 HELP = """usage: squeezeheads report FOLDER
 
-Write report.html anew from what a finished run left: whether it was worth it, numbers, curves, who taught whom, pictures.
-`squeezeheads distill` writes it at its end. No model is loaded.
+Write report.html anew from what a finished run left: whether it was worth it, numbers, curves, who taught whom,
+pictures. `squeezeheads distill` writes it at its end. No model is loaded.
 
   FOLDER  the output of a run
 """

@@ -25,7 +25,8 @@ def attention_figures(
     sample: int = 0,
     rows: Tensor | None = None,
 ) -> list[Path]:
-    """Draw each planned layer: one row of teacher maps, one of squeezed maps, one of student maps.
+    """Draw each planned layer: one row of teacher maps, one of squeezed maps, one of student maps. A student head's map
+    and those of its teacher heads have one scale of colours.
 
     Args:
         objective: prepared; its plan says which layers and heads belong together.
@@ -60,12 +61,19 @@ def attention_figures(
         )[sample].cpu()
         teacher_maps, student_maps = theirs.maps()[sample].float().cpu(), mine.maps()[sample].float().cpu()
         order = [head for group in layer.groups for head in group]
+        heads = list(range(len(layer.groups)))
         below = [sum(map(len, layer.groups[:s])) for s in range(len(layer.groups))]  # column of a group's first head
         squeezed = torch.einsum("st,tqk->sqk", mix.float(), teacher_maps)
         lines = [
-            _Row("teacher", teacher_maps[order], [f"head {head}" for head in order], list(range(len(order)))),
-            _Row("squeezed", squeezed, [_sum_of(mix[s], group) for s, group in enumerate(layer.groups)], below),
-            _Row("student", student_maps, [f"head {s}" for s in range(len(layer.groups))], below),
+            _Row(
+                "teacher",
+                teacher_maps[order],
+                [f"head {head}" for head in order],
+                list(range(len(order))),
+                [s for s, group in enumerate(layer.groups) for _ in group],
+            ),
+            _Row("squeezed", squeezed, [_sum_of(mix[s], group) for s, group in enumerate(layer.groups)], below, heads),
+            _Row("student", student_maps, [f"head {s}" for s in heads], below, heads),
         ]
         figure = _draw(plt, lines)
         figure.suptitle(f"student {layer.student_layer}  ←  teacher {layer.teacher_layer}", fontsize=10)
@@ -84,6 +92,8 @@ class _Row:
     maps: Tensor
     titles: list[str]
     columns: list[int]
+    groups: list[int]
+    """The student head that a map belongs to: maps of one share a scale."""
 
 
 def _draw(plt: Any, rows: Sequence[_Row]) -> Any:
@@ -91,13 +101,17 @@ def _draw(plt: Any, rows: Sequence[_Row]) -> Any:
     figure, axes = plt.subplots(
         len(rows), width, figsize=(1.5 * width + 0.6, 1.75 * len(rows) + 0.4), squeeze=False, layout="constrained"
     )
+    brightest: dict[int, float] = {}
+    for row in rows:
+        for attention, group in zip(row.maps, row.groups, strict=True):
+            brightest[group] = max(brightest.get(group, 0.0), float(attention.max()))
     for axis in axes.flat:
         axis.set_axis_off()
     for line, row in zip(axes, rows, strict=True):
-        for attention, title, column in zip(row.maps, row.titles, row.columns, strict=True):
+        for attention, title, column, group in zip(row.maps, row.titles, row.columns, row.groups, strict=True):
             axis = line[column]
             axis.set_axis_on()
-            axis.imshow(attention.numpy(), cmap="magma", vmin=0)
+            axis.imshow(attention.numpy(), cmap="magma", vmin=0, vmax=brightest[group])
             axis.set_xticks([])
             axis.set_yticks([])
             axis.set_title(title, fontsize=7)

@@ -1,5 +1,6 @@
-"""One page about a finished run, ``report.html``: whether it was worth it, the numbers, the curves, who taught whom, the
-pictures. Made from the files that the run left, without its models; it holds its pictures and needs no other file."""
+"""One page about a finished run, ``report.html``: whether it was worth it, the numbers, the curves, who taught whom,
+the pictures. Made from the files that the run left, without its models; it holds its pictures and needs no other
+file."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ table { border-collapse: collapse; margin: 0.8rem 0; } th, td { padding: 0.25rem
 th { border-bottom: 1px solid #888; font-weight: 600; } th:first-child, td:first-child { text-align: left; }
 table.words td, table.words th { text-align: left; }
 img { max-width: 100%; display: block; margin: 0.6rem 0; } figure { margin: 1rem 0; } figcaption { color: #555; }
-pre { background: #f5f5f3; padding: 0.8rem; overflow-x: auto; font-size: 13px; } p.small { color: #555; font-size: 13px; }
+pre { background: #f5f5f3; padding: 0.8rem; overflow-x: auto; font-size: 13px; }
+p.small { color: #555; font-size: 13px; }
 """
 
 
@@ -91,8 +93,8 @@ def _numbers(results: Mapping[str, Any]) -> Iterator[str]:
     better = "less" if results["less_is_better"] else "more"
     yield (
         f'<p class="small">{escape(results["split"])} split, mean ± standard deviation over seeds; of '
-        f"{escape(results['metrics'][0])} {better} is better. Attention KL: distance to the teacher's squeezed attention "
-        "in nats per row and head, 0 is a copy. Step time: a ratio within this run.</p>"
+        f"{escape(results['metrics'][0])} {better} is better. Attention KL: distance to the teacher's squeezed "
+        "attention in nats per row and head, 0 is a copy. Step time: a ratio within this run.</p>"
     )
 
 
@@ -155,13 +157,13 @@ def _who_teaches_whom(name: str, layers: Sequence[Mapping[str, Any]], results: M
     rows = [["student layer", "teacher layer", "student head ← teacher heads", "lost by squeezing"]]
     for layer, share in zip(layers, shares, strict=True):
         heads = ";  ".join(f"{s} ← {', '.join(map(str, group))}" for s, group in enumerate(layer["groups"]))
-        rows.append([layer["student_layer"], layer["teacher_layer"], heads, "" if share is None else f"{share:.1%}"])
+        rows.append([layer["student_layer"], layer["teacher_layer"], heads, "" if share is None else f"{share:.2%}"])
     yield _table(rows, "words")
     tokens = dict.fromkeys(str(SharedTokens.from_json(layer.get("tokens")) or "all") for layer in layers)
     yield (
-        f'<p class="small">Tokens compared: {escape("; ".join(tokens))}. Lost by squeezing: the part of what the teacher\'s '
-        "layer writes that its squeezed heads would not, on a batch of the test split; a layer that loses much has "
-        "little to teach this way.</p>"
+        f'<p class="small">Tokens compared: {escape("; ".join(tokens))}. Lost by squeezing: how much of what the '
+        "teacher's layer writes to the residual stream would be another thing with squeezed heads (‖difference‖² / "
+        "‖written‖², on a batch of the test split); a layer that loses much has little to teach this way.</p>"
     )
 
 
