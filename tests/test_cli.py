@@ -79,7 +79,9 @@ def test_distill_leaves_table_pictures_and_plain_students(finished):
             assert len(run["losses"]) == 3 and ("attention" in run["losses"][0]) == (name == "distilled")
     table = (output / "results.md").read_text()
     assert "teacher" in table and "distilled" in table and "±" in table
-    assert results["squeezing"]["attention"] == [pytest.approx(0.5, abs=0.5)] and results["best_seed"] in (0, 1)
+    (layer,) = results["squeezing"]["attention"]
+    assert 0 < layer["lost"] < 1 and [sum(weights) for weights in layer["weights"]] == pytest.approx([1, 1, 1])
+    assert results["best_seed"] in (0, 1)
     assert "Who taught whom: attention" in (output / "report.html").read_text()
     assert (output / "figures" / "layer-0.png").stat().st_size > 5000
     student = AutoModelForImageClassification.from_pretrained(output / "student")
@@ -502,7 +504,31 @@ def test_values_of_another_kind_are_answered_once_and_with_the_way_out(recipe, c
     assert message in capsys.readouterr().err
 
 
+def test_inspect_is_a_run_up_to_its_plan(recipe, tmp_path, capsys):
+    path, run = recipe(), tmp_path / "run"
+    assert main(["inspect", path, "--json"]) == 0
+    (layer,) = json.loads(capsys.readouterr().out)["attention"]
+    assert (run / "teacher" / "model.safetensors").is_file() and not (run / "students").exists()
+    ((planned,),) = json.loads((run / "plan.json").read_text()).values()
+    assert {name: layer[name] for name in planned} == planned
+    assert 0 < layer["lost"] < 1 and [len(weights) for weights in layer["weights"]] == [len(g) for g in layer["groups"]]
+    kept = (run / "teacher" / "model.safetensors").stat().st_mtime_ns
+    assert main(["distill", path]) == 0
+    assert (run / "teacher" / "model.safetensors").stat().st_mtime_ns == kept
+    assert json.loads((run / "plan.json").read_text()) == {"attention": [planned]}
+    # The same teacher, plan and batch as before.
+    assert json.loads((run / "results.json").read_text())["squeezing"]["attention"][0]["lost"] == layer["lost"]
+
+
+def test_inspect_needs_squeezed_attention(recipe, tmp_path, capsys):
+    assert main(["inspect", recipe(**{"objectives": {"task": {}}})]) == 2
+    assert "none squeezes attention" in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
 HELP = {
+    "plan": ("plan RECIPE [--json] [--memory SIZE] [--key VALUE ...]", ["distill --help"]),
+    "inspect": ("inspect RECIPE [--json] [--key VALUE ...]", ["distill --help"]),
+    "report": ("report FOLDER", ["report.html"]),
     "distill": ("distill RECIPE [--key VALUE ...]", ["--objectives.attention.schedule ", "Peak learning rate"]),
     "evaluate": ("evaluate RECIPE [--model FOLDER] [--key VALUE ...]", ["any key of the recipe", "distill --help"]),
     "demo": ("demo [--key VALUE ...]", ["digits.yaml", "leaves a table, pictures", "distill --help"]),

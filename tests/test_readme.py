@@ -39,7 +39,8 @@ def test_command_line_runs_as_printed(tmp_path, monkeypatch, capsys):
     assert len(recipe.strip().splitlines()) <= 10
     Path("mine.yaml").write_text(recipe)
     commands = [shlex.split(line, comments=True) for line in blocks("sh")[1].strip().splitlines()]
-    assert [c[:2] for c in commands] == [["squeezeheads", name] for name in ("plan", "distill", "evaluate", "report")]
+    names = ("plan", "inspect", "distill", "evaluate", "report")
+    assert [c[:2] for c in commands] == [["squeezeheads", name] for name in names]
     fewer_steps = ["--training.max_steps", "5", "--teacher.training.max_steps", "5"]  # a test has not its minutes
     for command in commands:
         assert main(command[1:] + (fewer_steps if "mine.yaml" in command else [])) == 0

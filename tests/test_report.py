@@ -13,7 +13,7 @@ import torch
 import oracle
 from squeezeheads import Distillation, SqueezedHeads, record_attention
 from squeezeheads.cli import main
-from squeezeheads.evaluation import squeezing_losses
+from squeezeheads.evaluation import measure_squeezing
 from squeezeheads.reports.gains import gains, summary
 from squeezeheads.reports.page import MOST_PICTURES, page
 from tiny import classifier, deit_student, image_batch, language_model, token_batch
@@ -37,7 +37,9 @@ RESULTS = {
     },
     "step_time_reference": "no <teacher>",
     "best_seed": 1,
-    "squeezing": {"attention": [0.125, None]},
+    "squeezing": {
+        "attention": [{"weights": [[0.25, 0.75], [1.0]], "lost": 0.125}, {"weights": [[1, 0], [1]], "lost": None}]
+    },
     "made_by": {"command": "squeezeheads distill <x>", "versions": {"torch": "2"}},
 }
 PLAN = [
@@ -91,7 +93,7 @@ def test_the_page_holds_everything_itself_and_every_word_is_text(folder):
     ]  # fmt: skip
     assert all(source.startswith("data:image/png;base64,") for source in outline.sources) and len(outline.sources) == 4
     cells = outline.texts["td"]
-    assert {"no <teacher>", "0.550 ± 0.071", "3.00×", "0 ← 0, 2;  1 ← 1", "12.50%"} <= set(cells)
+    assert {"no <teacher>", "0.550 ± 0.071", "3.00×", "0 ← 0 (0.25), 2 (0.75)   1 ← 1", "12.50%"} <= set(cells)
     captions = outline.texts["figcaption"]
     assert captions[1:3] == ["layer-9", "layer-10"], "in the order of layers"
     assert "squeezeheads distill <x>" in cells and "torch 2" in cells
@@ -188,14 +190,17 @@ def test_what_squeezing_loses_is_the_dense_residual(kind, weights):
     Distillation(teacher.eval(), {"attention": objective}).prepare(student, [batch])
     inputs = {name: value for name, value in batch.items() if name != "labels"}
     rows = batch["attention_mask"].bool() if kind == "text" else None
-    found = squeezing_losses(teacher, objective, inputs, rows)
+    found = measure_squeezing(teacher, objective, inputs, rows)
     with torch.no_grad(), record_attention(teacher) as taught:
         teacher(**inputs)
-    for share, layer in zip(found, objective.plan, strict=True):
+    for measured, layer in zip(found, objective.plan, strict=True):
         record = taught[layer.teacher_position]
         lost = sum(
             oracle.residual(record, group, oracle.group_weights(record, group, weights, rows), rows).sum()
             for group in layer.groups
         )
         written = oracle.energy(record, range(record.num_heads), rows).sum()
-        assert share == pytest.approx(float(lost / written), rel=1e-4) and share > 0
+        assert measured["lost"] == pytest.approx(float(lost / written), rel=1e-4) and measured["lost"] > 0
+        for group, seen in zip(layer.groups, measured["weights"], strict=True):
+            expected = oracle.group_weights(record, group, weights, rows).mean(0)
+            torch.testing.assert_close(torch.tensor(seen), expected.float(), rtol=1e-4, atol=1e-5)

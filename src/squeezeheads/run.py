@@ -34,7 +34,7 @@ from transformers import PreTrainedModel, PrinterCallback
 from squeezeheads.adapters import AdaptersOff, load_model
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluate import evaluate
-from squeezeheads.evaluation import attention_fidelity, squeezing_losses
+from squeezeheads.evaluation import attention_fidelity, measure_squeezing
 from squeezeheads.files import finite, read_json, store_json, store_text
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import (
@@ -88,19 +88,8 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
             finite.
     """
     console = console or Console()
-    output = Path(recipe.output)
-    check_output(output, recipe)
-    check_training(recipe)
-    models, splits = models_and_data(recipe, console)
-    prints = check_data(models.task, splits, output)
-    check_caches(recipe, models.vocabularies)
-    check_models(models, recipe, splits)
-    output.mkdir(parents=True, exist_ok=True)
-    store_json(output / "recipe.json", dump_recipe(recipe))
-    keep_made(models.task, output)
-    store_json(output / DATA_FILE, prints)
-
-    run = _Run(models, splits, output, console)
+    run = _started(recipe, console)
+    models, output = run.models, run.output
     run.train_teachers()
     run.make_plan()
     students: dict[str, list[dict[str, Any]]] = {name: [] for name in recipe.arms}
@@ -127,6 +116,54 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         console.print(line, highlight=False)
     console.print(f"student: {output / 'student'}   page: {page}   numbers: {output / 'results.json'}")
     return results
+
+
+def inspect(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
+    """A run up to its plan: which teacher heads serve which student head, with which weights, and what squeezing loses.
+
+    Teachers that the recipe trains are trained for it. All of it is part of the run: ``distill`` goes on from there.
+
+    Args:
+        recipe: from ``squeezeheads.recipe.load_recipe``.
+        console: where progress and the tables are shown; a new one by default.
+
+    Returns:
+        By objective, the plan's layers as ``plan.json`` holds them, each with ``weights`` and ``lost`` of
+        ``measure_squeezing``, on a batch of the test split.
+
+    Raises:
+        RecipeError: as ``distill``; a recipe that squeezes no attention.
+    """
+    if not attention_objectives(recipe):
+        raise RecipeError("objectives: none squeezes attention, so there is nothing to inspect. Add attention: {}.")
+    console = console or Console()
+    run = _started(recipe, console)
+    run.train_teachers()
+    run.make_plan(show=False)
+    measured = run.measure_squeezing(run.models.new_student(recipe.seeds[0]))
+    found = {
+        name: [{**layer, **seen} for layer, seen in zip(objective.plan_to_json(), measured[name], strict=True)]
+        for name, objective in run.yardsticks.items()
+    }
+    for name, layers in found.items():
+        console.print(plan_table(layers, name))
+    return found
+
+
+def _started(recipe: Recipe, console: Console) -> _Run:
+    """A run whose recipe, models and data are checked, and its folder made."""
+    output = Path(recipe.output)
+    check_output(output, recipe)
+    check_training(recipe)
+    models, splits = models_and_data(recipe, console)
+    prints = check_data(models.task, splits, output)
+    check_caches(recipe, models.vocabularies)
+    check_models(models, recipe, splits)
+    output.mkdir(parents=True, exist_ok=True)
+    store_json(output / "recipe.json", dump_recipe(recipe))
+    keep_made(models.task, output)
+    store_json(output / DATA_FILE, prints)
+    return _Run(models, splits, output, console)
 
 
 class _Run:
@@ -195,7 +232,7 @@ class _Run:
             store_json(done, {**measured, "parameters": teacher.num_parameters()})
         return teacher
 
-    def make_plan(self) -> None:
+    def make_plan(self, show: bool = True) -> None:
         """The plan of the recipe's attention objectives: shown, stored, and the yardstick of every student's attention.
 
         Without such an objective there is none, and attention is not measured.
@@ -210,7 +247,7 @@ class _Run:
             self._trainer(student, self.yardsticks, self.recipe.training, seed, "plan").prepare()
             plans = {name: objective.plan_to_json() for name, objective in self.yardsticks.items()}
             store_json(self.output / PLAN_FILE, plans)
-        for name, objective in self.yardsticks.items():
+        for name, objective in self.yardsticks.items() if show else ():
             self.console.print(plan_table(objective.plan_to_json(), name))
 
     def student(self, name: str, objectives: Mapping[str, Objective], seed: int) -> dict[str, Any]:
@@ -252,23 +289,39 @@ class _Run:
         shutil.rmtree(self.output / "work" / work, ignore_errors=True)
         return result
 
-    def draw(self) -> dict[str, list[float | None]]:
-        """Pictures of the best student's attention beside its teachers'; returns what squeezing loses of each planned
-        layer, by objective."""
+    def draw(self) -> dict[str, list[dict[str, Any]]]:
+        """Pictures of the best student's attention beside its teachers'; returns how each planned layer is squeezed, by
+        objective."""
         if not self.yardsticks:
             return {}
-        device, implementation = self.device, self.recipe.student.attn_implementation
-        student = load_model(self.task.load, str(self.output / "student"), implementation).to(device)
+        implementation = self.recipe.student.attn_implementation
+        student = load_model(self.task.load, str(self.output / "student"), implementation).to(self.device)
+        inputs, rows = self._example()
         teachers = self.teachers_of(student)
-        (batch, *_) = self.task.batches([self.splits.test[i] for i in range(min(8, len(self.splits.test)))], 8, device)
-        inputs = {key: value for key, value in batch.items() if key != "labels"}
-        lost = {}
         for name, objective in self.yardsticks.items():
             folder = self.output / "figures" if len(self.yardsticks) == 1 else self.output / "figures" / name
             teacher = teachers[objective.teacher or next(iter(teachers))]
-            attention_figures(student, teacher, objective, inputs, folder, rows=self.task.rows(batch))
-            lost[name] = squeezing_losses(teacher, objective, inputs, self.task.rows(batch))
-        return lost
+            attention_figures(student, teacher, objective, inputs, folder, rows=rows)
+        return self.measure_squeezing(student)
+
+    def measure_squeezing(self, student: nn.Module) -> dict[str, list[dict[str, Any]]]:
+        """How each planned layer is squeezed, by objective: see ``evaluation.measure_squeezing``.
+
+        Args:
+            student: whose base may be the teacher.
+        """
+        teachers = self.teachers_of(student.to(self.device))
+        inputs, rows = self._example()
+        return {
+            name: measure_squeezing(teachers[objective.teacher or next(iter(teachers))], objective, inputs, rows)
+            for name, objective in self.yardsticks.items()
+        }
+
+    def _example(self) -> tuple[dict[str, Any], torch.Tensor | None]:
+        """A small batch of the test split without labels, and its rows that count."""
+        samples = [self.splits.test[i] for i in range(min(8, len(self.splits.test)))]
+        (batch,) = self.task.batches(samples, 8, self.device)
+        return {key: value for key, value in batch.items() if key != "labels"}, self.task.rows(batch)
 
     def _trainer(
         self,

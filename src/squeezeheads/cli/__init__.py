@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 COMMANDS = {
     "plan": "show what a recipe would do and cost, and all that is wrong with it; trains nothing",
+    "inspect": "the same with weights and data: which heads share a map, in which proportions, what that loses",
     "distill": "carry out a recipe: train students, compare them, save the best",
     "report": "write the page of a finished run anew",
     "evaluate": "measure a saved student on a recipe's test split",
@@ -21,7 +22,7 @@ USAGE = (
     + "\n\n`squeezeheads COMMAND --help` says more."
 )
 
-GO_ON = {"distill", "demo"}
+GO_ON = {"inspect", "distill", "demo"}
 """Commands that keep checkpoints."""
 
 

@@ -38,15 +38,24 @@ def main(arguments: Sequence[str]) -> int:
 
 def carry_out(path: str | Path, overrides: Sequence[str]) -> int:
     """Carry out the recipe in a file, with keys from the command line."""
+    from squeezeheads.run import distill
+
+    recipe = planned_recipe(path, overrides)
+    hide_foreign_bars()
+    distill(recipe)
+    return 0
+
+
+def planned_recipe(path: str | Path, overrides: Sequence[str]) -> Recipe:
+    """A recipe in which a plan finds nothing wrong.
+
+    Raises:
+        RecipeError: all that it finds.
+    """
     from squeezeheads.planning import plan_recipe
     from squeezeheads.planning.shown import refusal
-    from squeezeheads.run import distill
 
     plan = plan_recipe(path, overrides)
     if not plan.go:
         raise RecipeError(refusal(plan))
-    recipe = load_recipe(path, overrides)
-
-    hide_foreign_bars()
-    distill(recipe)
-    return 0
+    return load_recipe(path, overrides)

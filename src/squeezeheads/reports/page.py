@@ -16,8 +16,7 @@ import yaml
 from squeezeheads.errors import RecipeError
 from squeezeheads.files import read_json, store_text
 from squeezeheads.reports.gains import summary
-from squeezeheads.reports.tables import result_header, result_rows
-from squeezeheads.token_layout import SharedTokens
+from squeezeheads.reports.tables import PLAN_HEADER, plan_row, result_header, result_rows, tokens_compared
 
 FILE = "report.html"
 MOST_PICTURES = 48
@@ -153,17 +152,14 @@ def _curve(runs: Sequence[Mapping[str, Any]], name: str) -> tuple[list[Any], ...
 
 def _who_teaches_whom(name: str, layers: Sequence[Mapping[str, Any]], results: Mapping[str, Any]) -> Iterator[str]:
     yield f"<h2>Who taught whom: {escape(name)}</h2>"
-    shares = results["squeezing"].get(name) or [None] * len(layers)
-    rows = [["student layer", "teacher layer", "student head ← teacher heads", "lost by squeezing"]]
-    for layer, share in zip(layers, shares, strict=True):
-        heads = ";  ".join(f"{s} ← {', '.join(map(str, group))}" for s, group in enumerate(layer["groups"]))
-        rows.append([layer["student_layer"], layer["teacher_layer"], heads, "" if share is None else f"{share:.2%}"])
-    yield _table(rows, "words")
-    tokens = dict.fromkeys(str(SharedTokens.from_json(layer.get("tokens")) or "all") for layer in layers)
+    measured = results["squeezing"].get(name) or [{}] * len(layers)
+    rows = [plan_row({**layer, **seen}) for layer, seen in zip(layers, measured, strict=True)]
+    yield _table([PLAN_HEADER, *rows], "words")
     yield (
-        f'<p class="small">Tokens compared: {escape("; ".join(tokens))}. Lost by squeezing: how much of what the '
-        "teacher's layer writes to the residual stream would be another thing with squeezed heads (‖difference‖² / "
-        "‖written‖², on a batch of the test split); a layer that loses much has little to teach this way.</p>"
+        f'<p class="small">Tokens compared: {escape(tokens_compared(layers))}. In parentheses the mean weights of '
+        "heads that share one. Lost by squeezing: how much of what the teacher's layer writes to the residual stream "
+        "would be another thing with squeezed heads (‖difference‖² / ‖written‖²). Both on a batch of the test split; a "
+        "layer that loses much has little to teach this way.</p>"
     )
 
 

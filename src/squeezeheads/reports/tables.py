@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -76,17 +76,40 @@ def plan_table(plan: Sequence[dict[str, Any]], name: str) -> Table:
     """Which teacher heads teach which student heads, layer by layer (all counted from 0), by which tokens.
 
     Args:
-        plan: as an objective on squeezed heads stores it.
+        plan: as an objective on squeezed heads stores it; with ``weights`` and ``lost`` of ``measure_squeezing`` these
+            are shown too.
         name: the objective's.
     """
     table = Table(title=f"{name}: who teaches whom")
-    table.add_column("student layer")
-    table.add_column("teacher layer")
-    table.add_column("student head ← teacher heads")
+    measured = any("lost" in layer for layer in plan)
+    for column in PLAN_HEADER[: 4 if measured else 3]:
+        table.add_column(column, overflow="fold")
     for layer in plan:
-        heads = "   ".join(f"{s} ← {', '.join(map(str, group))}" for s, group in enumerate(layer["groups"]))
-        table.add_row(layer["student_layer"], layer["teacher_layer"], heads)
-    shared = [SharedTokens.from_json(layer.get("tokens")) for layer in plan]
-    named = list(dict.fromkeys(str(tokens or "all") for tokens in shared))  # nearly always the same in all layers
-    table.caption = f"tokens compared: {'; '.join(named)}"
+        # With weights they are long: a line each.
+        table.add_row(*plan_row(layer, "\n" if measured else "   ")[: len(table.columns)])
+    table.caption = f"tokens compared: {tokens_compared(plan)}"
     return table
+
+
+PLAN_HEADER = ("student layer", "teacher layer", "student head ← teacher heads", "lost by squeezing")
+
+
+def plan_row(layer: Mapping[str, Any], between: str = "   ") -> tuple[str, ...]:
+    """A planned layer's cells under ``PLAN_HEADER``; weights stand beside heads that share a student head.
+
+    Args:
+        between: what separates student heads.
+    """
+    told = []
+    for s, group in enumerate(layer["groups"]):
+        names = [str(head) for head in group]
+        if "weights" in layer and len(group) > 1:
+            names = [f"{head} ({weight:.2f})" for head, weight in zip(names, layer["weights"][s], strict=True)]
+        told.append(f"{s} ← {', '.join(names)}")
+    lost = layer.get("lost")
+    return layer["student_layer"], layer["teacher_layer"], between.join(told), "" if lost is None else f"{lost:.2%}"
+
+
+def tokens_compared(plan: Sequence[Mapping[str, Any]]) -> str:
+    """Nearly always the same in all layers."""
+    return "; ".join(dict.fromkeys(str(SharedTokens.from_json(layer.get("tokens")) or "all") for layer in plan))
