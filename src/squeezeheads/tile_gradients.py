@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord, compute_dtype, expand_to_four, head_index
+from squeezeheads.tiling import product
 
 
 class ScoreGradients:
@@ -50,11 +51,16 @@ class ScoreGradients:
             scale: the factor that ``query`` carries.
         """
         if self.query is not None:
-            self.query[samples, head_index(heads), rows] = (score_grad @ key).mul_(scale)
+            by_query = product(score_grad, key, score_grad.new_empty(query.shape))
+            self.query[samples, head_index(heads), rows] = by_query.mul_(scale)
         if self.key is not None:
-            to_key = score_grad.transpose(-1, -2) @ query
             for index, head in enumerate(heads):
-                self.key[samples, self._record.key_value_head(head), keys] += to_key[:, index]
+                target = self.key[samples, self._record.key_value_head(head), keys]
+                by_score, asked = score_grad[:, index].transpose(-1, -2), query[:, index]
+                if len(target) == 1:  # as in ``product``
+                    target[0].addmm_(by_score[0], asked[0])
+                else:
+                    target.baddbmm_(by_score, asked)
         if self.mask is not None:
             _add_broadcast(self.mask, score_grad / temperature, heads, samples, rows, keys)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squeezeheads.attention import NEGATIVE, AttentionRecord
-from squeezeheads.tiling import Workspace
+from squeezeheads.tiling import Workspace, product
 
 
 class TiledMaps:
@@ -36,7 +36,7 @@ class TiledMaps:
         record, keys = self._record, self._record.visible_keys(rows)
         query, key = self._query[samples, :, rows], self._key[samples, :, keys]
         shape = (*query.shape[:3], key.shape[2])
-        scores = torch.matmul(query, key.transpose(-1, -2), out=self._workspace.take("maps", shape, query.dtype))
+        scores = product(query, key.transpose(-1, -2), self._workspace.take("maps", shape, query.dtype))
         allowed, bias = record.mask_tile(samples, self._heads, rows, keys, causality=False)
         if bias is not None:
             scores += bias / self._temperature

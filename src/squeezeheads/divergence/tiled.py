@@ -20,7 +20,7 @@ from torch import Tensor
 from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, head_index
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
 from squeezeheads.tiled_maps import TiledMaps
-from squeezeheads.tiling import Workspace, tiles
+from squeezeheads.tiling import Workspace, product, tiles
 
 
 def tiled_divergence(
@@ -185,7 +185,7 @@ class _Block:
         squeezed = self._squeezed(samples, rows)[..., :last]
 
         query, key = self.query[samples, :, rows], self.key[samples, :, keys]
-        scores = torch.matmul(query, key.transpose(-1, -2), out=sweep.take("scores", squeezed.shape))
+        scores = product(query, key.transpose(-1, -2), sweep.take("scores", squeezed.shape))
         allowed, bias = student.mask_tile(samples, self.heads, rows, keys, causality=False)
         if bias is not None:
             scores += bias / problem.temperature
