@@ -9,7 +9,7 @@ TIMM_VENV := .venv-timm
 TIMM_PY := $(TIMM_VENV)/bin/python
 AUDIT_VENV := .venv-audit
 AUDIT_PY := $(AUDIT_VENV)/bin/python
-# A torch that torchvision was built for; the rest as in constraints.txt.
+# A torch that torchvision was built for, with the triton that it asks for; the rest as in constraints.txt.
 TIMM_TORCH := torch==2.14.1 torchvision==0.29.1 timm==1.0.31
 # -qq: errors alone
 PIP := -m pip --disable-pip-version-check --no-input -qq
@@ -50,7 +50,7 @@ $(CORE_VENV)/.installed: pyproject.toml constraints.txt
 $(TIMM_VENV)/.installed: pyproject.toml constraints.txt
 	$(call new-venv,$(TIMM_VENV))
 	@echo 'installing into $(TIMM_VENV): some GB, minutes'
-	grep -v '^torch==' constraints.txt > $(TIMM_VENV)/constraints.txt
+	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(TIMM_VENV)/constraints.txt
 	$(TIMM_PY) $(PIP) install -c $(TIMM_VENV)/constraints.txt $(TIMM_TORCH) -e '.[hf]' hypothesis packaging pytest scipy
 	@touch $@
 
