@@ -11,17 +11,19 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from squeezeheads import SqueezeTrainer, TaskLoss
+from squeezeheads import SqueezeTrainer, TaskLoss, write_teacher_cache
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.preflight import check_output, training_arguments
 from squeezeheads.recipe import load_recipe
+from squeezeheads.run_cache import check_caches
 from squeezeheads.run_folder import models_and_data
 from squeezeheads.tasks import ImageClassification, LanguageModeling, Pretrained
 from test_cli import SMALL
 from test_trainer import arguments, trainer
-from tiny import classifier, images, write_recipe
+from tiny import classifier, image_batch, images, write_recipe
 
 
 @pytest.fixture
@@ -335,3 +337,59 @@ def test_checkpoints_behind_links_are_not_deleted(tmp_path):
     ).train()
     assert [p.name for p in sorted(run.glob("checkpoint-*"))] == ["checkpoint-1", "checkpoint-4"]
     assert (tmp_path / "mine" / "weights").exists()
+
+
+def own_shard(folder: Path) -> None:
+    """As a cache's would be named, and with another's tensors."""
+    save_file({"embeddings": torch.arange(4.0)}, folder / "shard-00000.safetensors")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        own_shard,
+        lambda folder: (folder / "shard-00001.safetensors").write_text("half of something"),
+        lambda folder: (folder / "shard-notes.safetensors.part").write_text("mine"),
+        lambda folder: (folder / "shard-00000.safetensors.part").write_text("mine"),
+        lambda folder: (folder / "index.json").write_text('{"weight_map": {}}'),
+        lambda folder: (folder / "thesis.txt").write_text("years of work"),
+    ],
+    ids=["a shard", "half a shard", "a part", "a part of that name", "an index", "a text"],
+)
+def test_a_folder_that_is_no_teacher_cache_is_left_alone(tmp_path, capsys, plant):
+    """Before any training, by `plan` and by the run; and in code of one's own."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    plant(mine)
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    tree = json.loads(json.dumps({**SMALL, "output": str(tmp_path / "run")}))
+    tree |= {"objectives": {"task": {}, "logits": {}}, "baselines": {}}
+    tree["teacher"]["cache"] = {"folder": str(mine)}
+    path = write_recipe(tmp_path / "recipe.yaml", tree, {})
+    message = refused(capsys, str(path))
+    assert f"teacher.cache.folder={str(mine)!r}: {mine} holds {next(iter(before))} and is no teacher cache" in message
+    loaded = load_recipe(path)
+    models, splits = models_and_data(loaded, console())
+    with pytest.raises(RecipeError, match="is no teacher cache"):
+        check_caches(loaded, models.vocabularies)
+    with pytest.raises(ValueError, match="is no teacher cache"):
+        write_teacher_cache(classifier(6), [image_batch(2)], mine, k=3)
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+
+
+def test_others_files_within_a_teacher_cache_stay(tmp_path):
+    """Those whose names are not quite a shard's are not looked at, one that is named as a shard is refused."""
+    folder = tmp_path / "cache"
+    write_teacher_cache(classifier(6), [image_batch(2)], folder, k=3)
+    for name in ("shard-foo.safetensors", "shard-foo.safetensors.part", "shard-1.part", "notes.txt"):
+        (folder / name).write_text("mine")
+    (folder / "shard-00005.safetensors.part").write_text("cut off")
+    assert write_teacher_cache(classifier(6), [image_batch(2, seed=1)], folder, k=3).samples == 4
+    assert all(
+        (folder / name).exists() for name in ("shard-foo.safetensors", "shard-foo.safetensors.part", "notes.txt")
+    )
+    assert (folder / "shard-1.part").exists() and not (folder / "shard-00005.safetensors.part").exists()
+    save_file({"embeddings": torch.arange(4.0)}, folder / "shard-00007.safetensors")
+    with pytest.raises(ValueError, match=r"shard-00007.safetensors is no shard of a teacher cache: move it"):
+        write_teacher_cache(classifier(6), [image_batch(2, seed=2)], folder, k=3)
+    assert (folder / "shard-00007.safetensors").exists()

@@ -9,7 +9,7 @@ import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel, TrainingArguments, set_seed
 from squeezeheads.adapters import AdaptersOff, add_lora, load_model
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError, in_short, similar
-from squeezeheads.files import part_of
+from squeezeheads.files import part_of, try_writing
 from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.tasks.causal import check_causal
@@ -194,23 +194,12 @@ def _check_no_links(output: Path) -> None:
 
 
 def _check_writable(output: Path) -> None:
-    """Whether the folder can be made and written to. Nothing of the trial is left."""
-    made: list[Path] = []
     try:
-        for folder in (*reversed(output.parents), output):
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-        with tempfile.TemporaryFile(dir=output):
-            pass
+        try_writing(output)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"output={output} cannot be made or written to: {error}. Choose another folder with --output."
         ) from error
-    finally:
-        for folder in reversed(made):
-            with suppress(OSError):  # another run has begun to use it
-                folder.rmdir()
 
 
 def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
