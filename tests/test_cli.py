@@ -167,6 +167,11 @@ MISTAKES = {
         {"training__arguments": {"label_smoothing_factor": 0.1}},
         "label_smoothing_factor",
     ),
+    "another way of distributing": (
+        {"training__arguments": {"deepspeed": {"wandb": {"enabled": True}}, "fsdp": "full_shard"}},
+        "deepspeed cannot be given here: a run has one process: to train with several, write a script around "
+        "SqueezeTrainer. fsdp cannot be given here: a run has one process",
+    ),
     "evaluation that has no data": ({"training__arguments": {"eval_strategy": "steps"}}, "eval_strategy cannot be"),
     "checkpoints without optimiser": (
         {"training__arguments": {"save_only_model": True}},

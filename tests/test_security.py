@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification, TimmWrapperConfig, ViTForImageClassification, modeling_utils
+from transformers.integrations import hub_kernels
 
 from squeezeheads import SqueezeTrainer, TaskLoss, write_teacher_cache
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
+from squeezeheads.evaluation.image_model import load_judge
 from squeezeheads.preflight import check_output, training_arguments
 from squeezeheads.recipe import load_recipe
 from squeezeheads.run_cache import check_caches
@@ -234,19 +239,119 @@ def test_what_is_pickled_in_a_checkpoint_runs_nothing(tmp_path, ran, file):
             trainer(tmp_path / "run", **saving).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("kernel", ["kernels-community/flash-attn"])
-@pytest.mark.parametrize("key", ["attn_implementation", "config__attn_implementation", "config___attn_implementation"])
-def test_no_kernel_is_fetched(recipe, ran, monkeypatch, capsys, kernel, key):
-    """transformers takes a name of the hub for a kernel, and runs what lies there."""
-    from transformers.integrations import hub_kernels
+HUB_KERNEL = "kernels-community/flash-attn2"
 
-    for name in ("load_and_register_attn_kernel", "get_kernel", "lazy_load_kernel"):
-        monkeypatch.setattr(hub_kernels, name, lambda *a, **k: pytest.fail("a kernel was fetched"), raising=False)
-    path = recipe(**{f"student__{key}": kernel})
-    if key == "config___attn_implementation":
-        assert main(["distill", path, "--seeds", "[0]"]) == 0  # what attention runs on is not the configuration's
-    else:
-        assert "attn_implementation" in refused(capsys, path)
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """transformers takes a name of the hub for a kernel, and runs what lies there, where the package kernels is
+    installed: as if it were. What would be fetched."""
+    asked: list[str] = []
+
+    def fetch(name, *args, **kwargs):
+        asked.append(name)
+        raise ValueError("a kernel would be fetched")
+
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda *args: True)
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda *args: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", fetch)
+    return asked
+
+
+def changed_config(folder: Path, **changes) -> str:
+    classifier(6, patch_size=4).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+def test_a_kernel_is_seen_to_be_fetched(tmp_path, fetched):
+    """Or none of the tests could fail. transformers takes what the folder says before what it is asked for."""
+    folder = changed_config(tmp_path / "a", _attn_implementation=HUB_KERNEL)
+    with suppress(ValueError):
+        AutoModelForImageClassification.from_pretrained(folder, attn_implementation="sdpa")
+    assert fetched == [HUB_KERNEL]
+    with suppress(ImportError):
+        AutoModelForImageClassification.from_config(classifier(6).config, attn_implementation="flash_attention_2")
+    assert fetched == [HUB_KERNEL, HUB_KERNEL]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student__attn_implementation": HUB_KERNEL},
+        {"student__attn_implementation": "flash_attention_2"},
+        {"teacher__attn_implementation": "flash_attention_3"},
+        {"student__config__attn_implementation": HUB_KERNEL},
+        {"student__config___attn_implementation": HUB_KERNEL},
+        {"student__config___attn_implementation": {"": HUB_KERNEL}},
+        {"teacher__config___attn_implementation": "flash_attention_2"},
+    ],
+    ids=str,
+)
+def test_no_kernel_is_fetched(recipe, capsys, fetched, changes):
+    assert "attn_implementation" in refused(capsys, recipe(objectives={"task": {}}, **changes))
+    assert fetched == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"_attn_implementation": HUB_KERNEL},
+        {"_attn_implementation": "flash_attention_2"},
+        {"attn_implementation": HUB_KERNEL},
+        {"part": {"_experts_implementation": "them/theirs"}},
+    ],
+    ids=str,
+)
+def test_no_kernel_is_fetched_for_a_folder(tmp_path, fetched, said):
+    """For a model of the run, and for one that judges images."""
+    path, task = changed_config(tmp_path / "model", **said), ImageClassification()
+    with pytest.raises(RecipeError, match="teacher.path=.*cannot be loaded: .*_implementation"):
+        task.pretrained_config(path, "teacher.path")
+    with pytest.raises(ValueError, match="_implementation"):
+        task.load(path)
+    with pytest.raises(RecipeError, match="classifier: .*_implementation"):
+        load_judge(path, (1, 8), "classifier", classifies=True)
+    assert fetched == []
+
+
+def test_a_class_that_runs_on_a_kernel_of_the_hub_is_refused(monkeypatch, fetched):
+    """Even where the package of the flash attention that was asked for is there."""
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(ViTForImageClassification, "_compatible_flash_implementations", [HUB_KERNEL], raising=False)
+    with pytest.raises(ValueError, match=f"ViTForImageClassification runs on {HUB_KERNEL}"):
+        ImageClassification().build(classifier(6).config, "flash_attention_2")
+    assert fetched == []
+
+
+LOADING = [
+    {"checkpoint_path": "evil.pt"}, {"pretrained": True}, {"pretrained_cfg": {"file": "evil.pt"}},
+    {"pretrained_cfg_overlay": {"url": "http://them"}}, {"cache_dir": "/etc"}, {"features_only": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", LOADING, ids=str)
+def test_timm_loads_nothing(recipe, ran, capsys, tmp_path, arguments):
+    """Its `create_model`, to which `model_args` go, opens a checkpoint by these; before 1.0.26 by unpickling it."""
+    torch.save({"weights": Evil(ran)}, tmp_path / "evil.pt")
+    config = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "model_args": arguments}
+    message = refused(capsys, recipe(teacher={"config": config, "training": SMALL["teacher"]["training"]}))
+    assert f"teacher.config.model_args.{next(iter(arguments))}=" in message
+    folder = tmp_path / "model"
+    TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=10, model_args=arguments).save_pretrained(folder)
+    message = refused(capsys, recipe(teacher={"path": str(folder)}))
+    assert f"{folder}: its configuration's model_args.{next(iter(arguments))}=" in message
+    with pytest.raises(ValueError, match="a file would be loaded by it"):
+        ImageClassification().load(str(folder))
+    with pytest.raises(RecipeError, match="a file would be loaded by it"):
+        load_judge(str(folder), (1, 8), "sampling.features", classifies=False)
+
+
+def test_timm_takes_no_architecture_from_elsewhere(recipe, capsys):
+    config = {"model_type": "timm_wrapper", "architecture": "local-dir:/mine"}
+    message = refused(capsys, recipe(teacher={"config": config, "training": SMALL["teacher"]["training"]}))
+    assert "teacher.config.architecture='local-dir:/mine': expected the name of an architecture" in message
 
 
 @pytest.mark.parametrize("name", ["./evil", "hub:evil"])
@@ -259,6 +364,38 @@ def test_a_data_sets_script_is_not_run(ran, tmp_path, name):
             ImageClassification(data=name).load_data(Pretrained({}, None, None))
         else:
             LanguageModeling(train=[name]).load_data(Pretrained({}, None, None))
+
+
+BUILDERS = [
+    "pandas",
+    "text",
+    "csv",
+    "json",
+    "parquet",
+    "arrow",
+    "imagefolder",
+    "webdataset",
+    "sql",
+    "spark",
+    "generator",
+]
+
+
+@pytest.mark.parametrize("name", [*BUILDERS, "mine", "./mine", ".", "mine/train.pkl"])
+def test_a_name_of_the_hub_reads_nothing_here(ran, tmp_path, name):
+    """`datasets` has builders that read files of this machine by such names, and takes a folder for a data set. That of
+    pandas unpickled what it found."""
+    (tmp_path / "mine").mkdir()
+    for place in (tmp_path, tmp_path / "mine"):
+        (place / "train.pkl").write_bytes(pickle.dumps(Evil(ran)))
+        (place / "train.txt").write_text("a secret")
+    said = "is here, not on the hub" if "mine" in name or name == "." else "is no data set of the hub"
+    images, texts = ImageClassification(data=f"hub:{name}"), LanguageModeling(train=[f"hub:{name}"])
+    for task in (images, texts):
+        with pytest.raises(RecipeError, match=f"{name} {said}"):
+            task.load_data(Pretrained({}, None, None))
+        (problem,) = task.sketch_data(Pretrained({}, None, None)).problems
+        assert f"{name} {said}" in problem[1]
 
 
 def test_a_script_among_images_is_not_run(recipe, ran, tmp_path):

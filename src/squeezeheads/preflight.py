@@ -31,6 +31,7 @@ TEACHER_SEED = 0
 
 _EVALUATION = "the run measures its models itself, behind training"
 _BEST = "the run keeps the best student itself, by the validation split"
+_SHARDED = "a run has one process: to train with several, write a script around SqueezeTrainer"
 _HUB = "the run leaves its models in output; push them from there"
 
 # Options of TrainingArguments that would undo what makes students comparable, or what a stopped run goes on from, or
@@ -43,6 +44,9 @@ REFUSED = {
     "restore_callback_states_from_checkpoint": "callbacks begin anew with each start of a run",
     "enable_jit_checkpoint": "a run goes on from the checkpoints of every save_every steps",
     "save_on_each_node": "a run has one process",
+    "deepspeed": _SHARDED,
+    "fsdp": _SHARDED,
+    "fsdp_config": _SHARDED,
     "auto_find_batch_size": "students would be trained with batches of other sizes: set training.batch_size",
     "eval_strategy": _EVALUATION,
     "eval_on_start": _EVALUATION,
