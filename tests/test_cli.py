@@ -20,9 +20,10 @@ from transformers import AutoModelForImageClassification, TrainingArguments
 
 from squeezeheads.cli import main
 from squeezeheads.files import store_json
-from squeezeheads.preflight import REFUSED, check_output
+from squeezeheads.preflight import check_output
 from squeezeheads.recipe import load_recipe, shipped_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
+from squeezeheads.training_options import REFUSED
 from tiny import classifier, write_recipe
 
 SMALL = {

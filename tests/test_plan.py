@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import save_file
 
-from squeezeheads import preflight, run
+from squeezeheads import run
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.files import store_json
@@ -22,6 +22,7 @@ from squeezeheads.planning.costs import parse_memory
 from squeezeheads.planning.plan import Plan
 from squeezeheads.planning.shown import plan_text
 from squeezeheads.recipe import dump_recipe, load_recipe
+from squeezeheads.recipe_models import Models
 from squeezeheads.tasks import LanguageModeling, Task
 from tiny import write_recipe
 
@@ -98,7 +99,7 @@ def test_parameters_are_those_of_the_real_models(write):
     path = write()
     recipe = load_recipe(path)
     recipe.chosen_task.load_data(preflight_pretrained())
-    models = preflight.Models(recipe.chosen_task, recipe)
+    models = Models(recipe.chosen_task, recipe)
     real = {"teacher": models.new_teacher("teacher"), "student": models.new_student(0)}
     told = {model["whose"]: model["parameters"] for model in plan_recipe(path).models}
     assert told == {name: model.num_parameters() for name, model in real.items()}
@@ -448,7 +449,7 @@ def test_a_pretrained_teacher_is_planned_by_its_configuration_alone(write, tmp_p
     task = recipe.chosen_task
     task.sketch_data(preflight_pretrained())
     folder = tmp_path / "teacher"
-    preflight.Models(task, recipe).new_teacher("teacher").save_pretrained(folder)
+    Models(task, recipe).new_teacher("teacher").save_pretrained(folder)
     save_file({}, folder / "model.safetensors")  # no weights
     plan = plan_recipe(write(teacher={"path": str(folder)}))
     assert plan.go and plan.models[0]["from"] == str(folder) and plan.models[0]["layers"] == 4

@@ -21,11 +21,12 @@ from squeezeheads import SqueezeTrainer, TaskLoss, write_teacher_cache
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.image_model import load_judge
-from squeezeheads.preflight import check_output, training_arguments
+from squeezeheads.preflight import check_output
 from squeezeheads.recipe import load_recipe
 from squeezeheads.run_cache import check_caches
 from squeezeheads.run_folder import models_and_data
 from squeezeheads.tasks import ImageClassification, LanguageModeling, Pretrained
+from squeezeheads.training_options import training_arguments
 from test_cli import SMALL
 from test_trainer import arguments, trainer
 from tiny import classifier, image_batch, images, write_recipe
