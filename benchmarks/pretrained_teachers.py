@@ -17,8 +17,8 @@ FOLDERS = {"smollm2-wordnet": "language", "fashion-vit": "vision"}
 
 
 def carry_out(name: str) -> None:
-    from squeezeheads.preflight import Models
     from squeezeheads.recipe import dump_recipe, load_recipe, shipped_recipe
+    from squeezeheads.recipe_models import Models
     from squeezeheads.run import distill
     from squeezeheads.tasks import Pretrained
 

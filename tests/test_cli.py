@@ -20,9 +20,10 @@ from transformers import AutoModelForImageClassification, TrainingArguments
 
 from squeezeheads.cli import main
 from squeezeheads.files import store_json
-from squeezeheads.preflight import REFUSED, check_output
+from squeezeheads.preflight import check_output
 from squeezeheads.recipe import load_recipe, shipped_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
+from squeezeheads.training_options import REFUSED
 from tiny import classifier, write_recipe
 
 SMALL = {
@@ -170,6 +171,11 @@ MISTAKES = {
     "smoothing that would be ignored": (
         {"training__arguments": {"label_smoothing_factor": 0.1}},
         "label_smoothing_factor",
+    ),
+    "another way of distributing": (
+        {"training__arguments": {"deepspeed": {"wandb": {"enabled": True}}, "fsdp": "full_shard"}},
+        "deepspeed cannot be given here: a run has one process: to train with several, write a script around "
+        "SqueezeTrainer. fsdp cannot be given here: a run has one process",
     ),
     "evaluation that has no data": ({"training__arguments": {"eval_strategy": "steps"}}, "eval_strategy cannot be"),
     "checkpoints without optimiser": (

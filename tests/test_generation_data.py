@@ -221,3 +221,14 @@ def test_grey_images_are_compared_with_what_an_autoencoder_of_colours_makes_of_t
     sizes = {"num_attention_heads": 1, "attention_head_dim": 8, "num_layers": 1, "patch_size": 2}
     model = task.build(task.new_config({"model_type": "dit", **sizes}, "teacher.config"), "sdpa")
     assert task.measure(model, splits.test, 100)["frechet_distance"] > 0
+
+
+def test_a_latent_cache_that_cannot_be_written_to_is_told_first(tmp_path, capsys):
+    autoencoder().save_pretrained(tmp_path / "vae")
+    (tmp_path / "a file").write_text("")
+    options = {"autoencoder": str(tmp_path / "vae"), "latent_cache": str(tmp_path / "a file" / "within")}
+    with pytest.raises(RecipeError, match="latent_cache='.*within' cannot be made or written to"):
+        load(**options)
+    assert "encoding" not in capsys.readouterr().err
+    sketch = ImageGeneration(**options).sketch_data(Pretrained({}))
+    assert [key for key, _ in sketch.problems] == ["latent_cache"]

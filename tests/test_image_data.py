@@ -31,8 +31,9 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation.image_model import ImageModel
 from squeezeheads.image_inputs.normalisation import Normalisation, normalisation_of
 from squeezeheads.image_inputs.processing import own_processor
-from squeezeheads.preflight import Models, check_models
+from squeezeheads.preflight import check_models
 from squeezeheads.recipe import load_recipe
+from squeezeheads.recipe_models import Models
 from squeezeheads.tasks import ImageClassification, Pretrained
 from squeezeheads.tasks.augmentation import Augmentation
 from squeezeheads.tasks.images import ArrayImages, DataSetImages, Part, SplitPlan

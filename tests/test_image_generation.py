@@ -38,8 +38,9 @@ from squeezeheads.evaluation.image_metrics import (
 from squeezeheads.evaluation.image_model import ImageModel
 from squeezeheads.evaluation.inception import InceptionMetrics
 from squeezeheads.models import MDTTransformer2DModel
-from squeezeheads.preflight import Models, check_models
+from squeezeheads.preflight import check_models
 from squeezeheads.recipe import load_recipe
+from squeezeheads.recipe_models import Models
 from squeezeheads.reports.sample_grid import sample_grid
 from squeezeheads.tasks import ImageGeneration, Pretrained
 from squeezeheads.trainer import SqueezeTrainer

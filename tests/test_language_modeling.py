@@ -153,19 +153,21 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 
 
 def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``datasets.load_dataset`` takes a folder for a name too."""
+    """``datasets.load_dataset`` takes a folder for a name too: one stands for the hub."""
+    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets_config(), "HF_DATASETS_CACHE", tmp_path / "cache")
-    folder = tmp_path / "set"
+    folder, load_dataset = tmp_path / "set", datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", lambda name, *a, **o: load_dataset(str(folder), *a, **o))
     jsonl(folder / "train.jsonl", [{"text": f"train {i}"} for i in range(4)])
     jsonl(folder / "test.jsonl", [{"text": "test 0"}])
-    assert read(f"hub:{folder}") == [f"train {i}" for i in range(4)]
-    assert read(f"hub:{folder}", split="test") == ["test 0"]
-    assert read(f"hub:{folder}:default") == [f"train {i}" for i in range(4)]
-    assert read(f"hub:{folder}::train[1:3]") == ["train 1", "train 2"]  # a colon of the split is its own
+    assert read("hub:owner/texts") == [f"train {i}" for i in range(4)]
+    assert read("hub:owner/texts", split="test") == ["test 0"]
+    assert read("hub:owner/texts:default") == [f"train {i}" for i in range(4)]
+    assert read("hub:owner/texts::train[1:3]") == ["train 1", "train 2"]  # a colon of the split is its own
     with pytest.raises(RecipeError, match=r"hub:.*::dev cannot be loaded: .*dev.*Expected hub:NAME"):
-        read(f"hub:{folder}::dev")
+        read("hub:owner/texts::dev")
     with pytest.raises(RecipeError, match="BuilderConfig 'other' not found"):
-        read(f"hub:{folder}:other")
+        read("hub:owner/texts:other")
     with pytest.raises(RecipeError, match="names no data set"):
         read("hub:")
 
@@ -446,7 +448,9 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path, tokenizer: Any) -> None:
     full = save_model(tmp_path / "full", tokenizer)
     with pytest.raises(RecipeError, match=r"bare: the folder has no tokenizer files"):
         choose_tokenizer(None, Pretrained({"teacher": full}, bare), never, 300)
-    with pytest.raises(RecipeError, match=r"no/such: no tokenizer can be loaded"):
+    with pytest.raises(
+        RecipeError, match=r"no/such: no tokenizer can be loaded .*there is no folder no/such here, and from the hub"
+    ):
         load_tokenizer("no/such")
     # transformers 5 makes an empty GPT-2 tokenizer here
     GPT2Config().save_pretrained(tmp_path / "gpt2")

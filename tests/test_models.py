@@ -23,8 +23,8 @@ from transformers import (
 
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
-from squeezeheads.preflight import Models
 from squeezeheads.recipe import load_recipe
+from squeezeheads.recipe_models import Models
 from squeezeheads.tasks import ImageClassification, LanguageModeling, Pretrained
 from squeezeheads.tasks.modeling import new_config
 from squeezeheads.tasks.tokenization import train_byte_bpe

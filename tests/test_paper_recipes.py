@@ -12,11 +12,12 @@ from transformers import AutoConfig, GPT2Config, LlamaConfig, ViTConfig
 
 from squeezeheads.objectives import SqueezedHeads
 from squeezeheads.pairing import pair_layers
-from squeezeheads.preflight import Models, check_training
 from squeezeheads.recipe import Recipe, load_recipe
+from squeezeheads.recipe_models import Models
 from squeezeheads.recording import record_attention
 from squeezeheads.squeezing import group_heads
 from squeezeheads.tasks import ImageClassification, ImageGeneration, Task
+from squeezeheads.training_options import check_training
 
 FOLDER = Path(__file__).parent.parent / "recipes" / "paper"
 

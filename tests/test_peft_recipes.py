@@ -24,8 +24,9 @@ from squeezeheads.adapters import AdaptersOff, LoraSpec, add_lora
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.planning import plan_recipe
-from squeezeheads.preflight import Models, check_models
+from squeezeheads.preflight import check_models
 from squeezeheads.recipe import Recipe, load_recipe
+from squeezeheads.recipe_models import Models
 from squeezeheads.run import _Run
 from squeezeheads.tasks import LanguageModeling, Pretrained
 from squeezeheads.tasks.causal import check_causal

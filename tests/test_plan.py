@@ -13,7 +13,7 @@ import pytest
 import yaml
 from safetensors.torch import save_file
 
-from squeezeheads import preflight, run
+from squeezeheads import run
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.files import store_json
@@ -22,6 +22,7 @@ from squeezeheads.planning.costs import parse_memory
 from squeezeheads.planning.plan import Plan
 from squeezeheads.planning.shown import plan_text
 from squeezeheads.recipe import dump_recipe, load_recipe
+from squeezeheads.recipe_models import Models
 from squeezeheads.tasks import LanguageModeling, Task
 from tiny import write_recipe
 
@@ -98,7 +99,7 @@ def test_parameters_are_those_of_the_real_models(write):
     path = write()
     recipe = load_recipe(path)
     recipe.chosen_task.load_data(preflight_pretrained())
-    models = preflight.Models(recipe.chosen_task, recipe)
+    models = Models(recipe.chosen_task, recipe)
     real = {"teacher": models.new_teacher("teacher"), "student": models.new_student(0)}
     told = {model["whose"]: model["parameters"] for model in plan_recipe(path).models}
     assert told == {name: model.num_parameters() for name, model in real.items()}
@@ -395,6 +396,47 @@ def test_another_vocabulary_than_the_teachers_is_told_of_the_logits(write):
     assert problem.key == "objectives.logits" and "310 tokens or classes apart, teacher 300" in problem.message
 
 
+@pytest.mark.parametrize("texts", [False, True])
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("./nowhere", "there is no folder ./nowhere here. Paths start from"),
+        ("/no/where", "there is no folder /no/where here. Paths start from"),
+        ("models/of/mine", "there is no folder models/of/mine here. Paths start from"),
+        ("someone/nothing", "there is no folder someone/nothing here, and from the hub: "),
+        ("nothing", "there is no folder nothing here, and from the hub: "),
+        ("./recipe.yaml", "./recipe.yaml is a file: expected a folder"),
+    ],
+)
+def test_a_model_that_is_not_there_is_looked_for_here_first(write, monkeypatch, path, said, texts):
+    """What can only be a path is not asked for on the hub."""
+    recipe = write(texts=texts, teacher={"path": path})
+    monkeypatch.chdir(recipe.parent)
+    if "hub" not in said:
+        monkeypatch.setattr("transformers.utils.hub.hf_hub_download", lambda *a, **k: pytest.fail("the hub was asked"))
+    (problem,) = plan_recipe(recipe).problems
+    assert problem.key == "teacher.path" and f"teacher.path={path!r} cannot be loaded: {said}" in problem.message
+
+
+def test_the_parts_of_image_generation_are_looked_for_here_first(write):
+    denoiser = {"model_type": "dit", "num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
+    task = {"data": "digits", "autoencoder": "./vae", "classifier": "./judge", "sampling": {"features": "./eyes"}}
+    plan = plan_recipe(
+        write(
+            task={"image_generation": task},
+            teacher={"path": "./dit"},
+            student={"config": {**denoiser, "patch_size": 4}},
+            objectives={"task": {}},
+            baselines={},
+        )
+    )
+    messages = [problem.message for problem in plan.problems]
+    for key, path in (
+        ("autoencoder", "./vae"), ("classifier", "./judge"), ("sampling.features", "./eyes"), ("teacher.path", "./dit"),
+    ):  # fmt: skip
+        assert any(f"{key}={path!r} cannot be loaded: there is no folder {path} here" in m for m in messages), messages
+
+
 def test_a_teacher_that_is_not_there_leaves_the_rest_shown(write):
     plan = plan_recipe(write(teacher={"path": "./nowhere"}))
     (problem,) = plan.problems
@@ -407,7 +449,7 @@ def test_a_pretrained_teacher_is_planned_by_its_configuration_alone(write, tmp_p
     task = recipe.chosen_task
     task.sketch_data(preflight_pretrained())
     folder = tmp_path / "teacher"
-    preflight.Models(task, recipe).new_teacher("teacher").save_pretrained(folder)
+    Models(task, recipe).new_teacher("teacher").save_pretrained(folder)
     save_file({}, folder / "model.safetensors")  # no weights
     plan = plan_recipe(write(teacher={"path": str(folder)}))
     assert plan.go and plan.models[0]["from"] == str(folder) and plan.models[0]["layers"] == 4

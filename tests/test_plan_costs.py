@@ -21,8 +21,9 @@ from squeezeheads.objectives import SqueezedHeads
 from squeezeheads.planning import plan_recipe
 from squeezeheads.planning.costs import Memory, attention_flops, relation_flops, step_flops
 from squeezeheads.planning.shapes import saved_bytes, shape_of, try_forward
-from squeezeheads.preflight import Models, as_in_training
+from squeezeheads.preflight import as_in_training
 from squeezeheads.recipe import load_recipe, shipped_recipe
+from squeezeheads.recipe_models import Models
 from squeezeheads.squeezing import group_heads
 from squeezeheads.tasks import Pretrained
 from tiny import language_model, token_batch

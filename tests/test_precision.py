@@ -35,8 +35,8 @@ from squeezeheads import (
 )
 from squeezeheads.batches import next_token_targets
 from squeezeheads.errors import RecipeError
-from squeezeheads.preflight import training_arguments
 from squeezeheads.recipe import TrainingSpec
+from squeezeheads.training_options import training_arguments
 from test_trainer import arguments, losses
 from tiny import images, token_batch
 

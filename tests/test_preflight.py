@@ -15,8 +15,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaForCausalLM, Tim
 from squeezeheads import preflight, run
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
-from squeezeheads.preflight import Models, check_configs, check_models
+from squeezeheads.preflight import check_models
 from squeezeheads.recipe import load_recipe
+from squeezeheads.recipe_models import Models, check_configs
 from squeezeheads.tasks import Pretrained, modeling
 from squeezeheads.tasks.causal import check_causal
 from tiny import write_recipe

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
+from transformers import AutoModelForImageClassification, TimmWrapperConfig, ViTForImageClassification, modeling_utils
+from transformers.integrations import hub_kernels
 
-from squeezeheads import SqueezeTrainer, TaskLoss
+from squeezeheads import SqueezeTrainer, TaskLoss, write_teacher_cache
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
-from squeezeheads.preflight import check_output, training_arguments
+from squeezeheads.evaluation.image_model import load_judge
+from squeezeheads.preflight import check_output
 from squeezeheads.recipe import load_recipe
+from squeezeheads.run_cache import check_caches
 from squeezeheads.run_folder import models_and_data
 from squeezeheads.tasks import ImageClassification, LanguageModeling, Pretrained
+from squeezeheads.training_options import training_arguments
 from test_cli import SMALL
 from test_trainer import arguments, trainer
-from tiny import classifier, images, write_recipe
+from tiny import classifier, image_batch, images, write_recipe
 
 
 @pytest.fixture
@@ -232,19 +240,119 @@ def test_what_is_pickled_in_a_checkpoint_runs_nothing(tmp_path, ran, file):
             trainer(tmp_path / "run", **saving).train(resume_from_checkpoint=True)
 
 
-@pytest.mark.parametrize("kernel", ["kernels-community/flash-attn"])
-@pytest.mark.parametrize("key", ["attn_implementation", "config__attn_implementation", "config___attn_implementation"])
-def test_no_kernel_is_fetched(recipe, ran, monkeypatch, capsys, kernel, key):
-    """transformers takes a name of the hub for a kernel, and runs what lies there."""
-    from transformers.integrations import hub_kernels
+HUB_KERNEL = "kernels-community/flash-attn2"
 
-    for name in ("load_and_register_attn_kernel", "get_kernel", "lazy_load_kernel"):
-        monkeypatch.setattr(hub_kernels, name, lambda *a, **k: pytest.fail("a kernel was fetched"), raising=False)
-    path = recipe(**{f"student__{key}": kernel})
-    if key == "config___attn_implementation":
-        assert main(["distill", path, "--seeds", "[0]"]) == 0  # what attention runs on is not the configuration's
-    else:
-        assert "attn_implementation" in refused(capsys, path)
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """transformers takes a name of the hub for a kernel, and runs what lies there, where the package kernels is
+    installed: as if it were. What would be fetched."""
+    asked: list[str] = []
+
+    def fetch(name, *args, **kwargs):
+        asked.append(name)
+        raise ValueError("a kernel would be fetched")
+
+    monkeypatch.setattr(modeling_utils, "is_kernels_available", lambda *args: True)
+    monkeypatch.setattr(hub_kernels, "is_kernels_available", lambda *args: True)
+    monkeypatch.setattr(hub_kernels, "get_kernel", fetch)
+    return asked
+
+
+def changed_config(folder: Path, **changes) -> str:
+    classifier(6, patch_size=4).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return str(folder)
+
+
+def test_a_kernel_is_seen_to_be_fetched(tmp_path, fetched):
+    """Or none of the tests could fail. transformers takes what the folder says before what it is asked for."""
+    folder = changed_config(tmp_path / "a", _attn_implementation=HUB_KERNEL)
+    with suppress(ValueError):
+        AutoModelForImageClassification.from_pretrained(folder, attn_implementation="sdpa")
+    assert fetched == [HUB_KERNEL]
+    with suppress(ImportError):
+        AutoModelForImageClassification.from_config(classifier(6).config, attn_implementation="flash_attention_2")
+    assert fetched == [HUB_KERNEL, HUB_KERNEL]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student__attn_implementation": HUB_KERNEL},
+        {"student__attn_implementation": "flash_attention_2"},
+        {"teacher__attn_implementation": "flash_attention_3"},
+        {"student__config__attn_implementation": HUB_KERNEL},
+        {"student__config___attn_implementation": HUB_KERNEL},
+        {"student__config___attn_implementation": {"": HUB_KERNEL}},
+        {"teacher__config___attn_implementation": "flash_attention_2"},
+    ],
+    ids=str,
+)
+def test_no_kernel_is_fetched(recipe, capsys, fetched, changes):
+    assert "attn_implementation" in refused(capsys, recipe(objectives={"task": {}}, **changes))
+    assert fetched == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"_attn_implementation": HUB_KERNEL},
+        {"_attn_implementation": "flash_attention_2"},
+        {"attn_implementation": HUB_KERNEL},
+        {"part": {"_experts_implementation": "them/theirs"}},
+    ],
+    ids=str,
+)
+def test_no_kernel_is_fetched_for_a_folder(tmp_path, fetched, said):
+    """For a model of the run, and for one that judges images."""
+    path, task = changed_config(tmp_path / "model", **said), ImageClassification()
+    with pytest.raises(RecipeError, match="teacher.path=.*cannot be loaded: .*_implementation"):
+        task.pretrained_config(path, "teacher.path")
+    with pytest.raises(ValueError, match="_implementation"):
+        task.load(path)
+    with pytest.raises(RecipeError, match="classifier: .*_implementation"):
+        load_judge(path, (1, 8), "classifier", classifies=True)
+    assert fetched == []
+
+
+def test_a_class_that_runs_on_a_kernel_of_the_hub_is_refused(monkeypatch, fetched):
+    """Even where the package of the flash attention that was asked for is there."""
+    monkeypatch.setattr("transformers.utils.is_flash_attn_2_available", lambda: True)
+    monkeypatch.setattr(ViTForImageClassification, "_compatible_flash_implementations", [HUB_KERNEL], raising=False)
+    with pytest.raises(ValueError, match=f"ViTForImageClassification runs on {HUB_KERNEL}"):
+        ImageClassification().build(classifier(6).config, "flash_attention_2")
+    assert fetched == []
+
+
+LOADING = [
+    {"checkpoint_path": "evil.pt"}, {"pretrained": True}, {"pretrained_cfg": {"file": "evil.pt"}},
+    {"pretrained_cfg_overlay": {"url": "http://them"}}, {"cache_dir": "/etc"}, {"features_only": True},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("arguments", LOADING, ids=str)
+def test_timm_loads_nothing(recipe, ran, capsys, tmp_path, arguments):
+    """Its `create_model`, to which `model_args` go, opens a checkpoint by these; before 1.0.26 by unpickling it."""
+    torch.save({"weights": Evil(ran)}, tmp_path / "evil.pt")
+    config = {"model_type": "timm_wrapper", "architecture": "vit_tiny_patch16_224", "model_args": arguments}
+    message = refused(capsys, recipe(teacher={"config": config, "training": SMALL["teacher"]["training"]}))
+    assert f"teacher.config.model_args.{next(iter(arguments))}=" in message
+    folder = tmp_path / "model"
+    TimmWrapperConfig(architecture="vit_tiny_patch16_224", num_labels=10, model_args=arguments).save_pretrained(folder)
+    message = refused(capsys, recipe(teacher={"path": str(folder)}))
+    assert f"{folder}: its configuration's model_args.{next(iter(arguments))}=" in message
+    with pytest.raises(ValueError, match="a file would be loaded by it"):
+        ImageClassification().load(str(folder))
+    with pytest.raises(RecipeError, match="a file would be loaded by it"):
+        load_judge(str(folder), (1, 8), "sampling.features", classifies=False)
+
+
+def test_timm_takes_no_architecture_from_elsewhere(recipe, capsys):
+    config = {"model_type": "timm_wrapper", "architecture": "local-dir:/mine"}
+    message = refused(capsys, recipe(teacher={"config": config, "training": SMALL["teacher"]["training"]}))
+    assert "teacher.config.architecture='local-dir:/mine': expected the name of an architecture" in message
 
 
 @pytest.mark.parametrize("name", ["./evil", "hub:evil"])
@@ -257,6 +365,38 @@ def test_a_data_sets_script_is_not_run(ran, tmp_path, name):
             ImageClassification(data=name).load_data(Pretrained({}, None, None))
         else:
             LanguageModeling(train=[name]).load_data(Pretrained({}, None, None))
+
+
+BUILDERS = [
+    "pandas",
+    "text",
+    "csv",
+    "json",
+    "parquet",
+    "arrow",
+    "imagefolder",
+    "webdataset",
+    "sql",
+    "spark",
+    "generator",
+]
+
+
+@pytest.mark.parametrize("name", [*BUILDERS, "mine", "./mine", ".", "mine/train.pkl"])
+def test_a_name_of_the_hub_reads_nothing_here(ran, tmp_path, name):
+    """`datasets` has builders that read files of this machine by such names, and takes a folder for a data set. That of
+    pandas unpickled what it found."""
+    (tmp_path / "mine").mkdir()
+    for place in (tmp_path, tmp_path / "mine"):
+        (place / "train.pkl").write_bytes(pickle.dumps(Evil(ran)))
+        (place / "train.txt").write_text("a secret")
+    said = "is here, not on the hub" if "mine" in name or name == "." else "is no data set of the hub"
+    images, texts = ImageClassification(data=f"hub:{name}"), LanguageModeling(train=[f"hub:{name}"])
+    for task in (images, texts):
+        with pytest.raises(RecipeError, match=f"{name} {said}"):
+            task.load_data(Pretrained({}, None, None))
+        (problem,) = task.sketch_data(Pretrained({}, None, None)).problems
+        assert f"{name} {said}" in problem[1]
 
 
 def test_a_script_among_images_is_not_run(recipe, ran, tmp_path):
@@ -335,3 +475,59 @@ def test_checkpoints_behind_links_are_not_deleted(tmp_path):
     ).train()
     assert [p.name for p in sorted(run.glob("checkpoint-*"))] == ["checkpoint-1", "checkpoint-4"]
     assert (tmp_path / "mine" / "weights").exists()
+
+
+def own_shard(folder: Path) -> None:
+    """As a cache's would be named, and with another's tensors."""
+    save_file({"embeddings": torch.arange(4.0)}, folder / "shard-00000.safetensors")
+
+
+@pytest.mark.parametrize(
+    "plant",
+    [
+        own_shard,
+        lambda folder: (folder / "shard-00001.safetensors").write_text("half of something"),
+        lambda folder: (folder / "shard-notes.safetensors.part").write_text("mine"),
+        lambda folder: (folder / "shard-00000.safetensors.part").write_text("mine"),
+        lambda folder: (folder / "index.json").write_text('{"weight_map": {}}'),
+        lambda folder: (folder / "thesis.txt").write_text("years of work"),
+    ],
+    ids=["a shard", "half a shard", "a part", "a part of that name", "an index", "a text"],
+)
+def test_a_folder_that_is_no_teacher_cache_is_left_alone(tmp_path, capsys, plant):
+    """Before any training, by `plan` and by the run; and in code of one's own."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    plant(mine)
+    before = {path.name: path.read_bytes() for path in mine.iterdir()}
+    tree = json.loads(json.dumps({**SMALL, "output": str(tmp_path / "run")}))
+    tree |= {"objectives": {"task": {}, "logits": {}}, "baselines": {}}
+    tree["teacher"]["cache"] = {"folder": str(mine)}
+    path = write_recipe(tmp_path / "recipe.yaml", tree, {})
+    message = refused(capsys, str(path))
+    assert f"teacher.cache.folder={str(mine)!r}: {mine} holds {next(iter(before))} and is no teacher cache" in message
+    loaded = load_recipe(path)
+    models, splits = models_and_data(loaded, console())
+    with pytest.raises(RecipeError, match="is no teacher cache"):
+        check_caches(loaded, models.vocabularies)
+    with pytest.raises(ValueError, match="is no teacher cache"):
+        write_teacher_cache(classifier(6), [image_batch(2)], mine, k=3)
+    assert {path.name: path.read_bytes() for path in mine.iterdir()} == before
+
+
+def test_others_files_within_a_teacher_cache_stay(tmp_path):
+    """Those whose names are not quite a shard's are not looked at, one that is named as a shard is refused."""
+    folder = tmp_path / "cache"
+    write_teacher_cache(classifier(6), [image_batch(2)], folder, k=3)
+    for name in ("shard-foo.safetensors", "shard-foo.safetensors.part", "shard-1.part", "notes.txt"):
+        (folder / name).write_text("mine")
+    (folder / "shard-00005.safetensors.part").write_text("cut off")
+    assert write_teacher_cache(classifier(6), [image_batch(2, seed=1)], folder, k=3).samples == 4
+    assert all(
+        (folder / name).exists() for name in ("shard-foo.safetensors", "shard-foo.safetensors.part", "notes.txt")
+    )
+    assert (folder / "shard-1.part").exists() and not (folder / "shard-00005.safetensors.part").exists()
+    save_file({"embeddings": torch.arange(4.0)}, folder / "shard-00007.safetensors")
+    with pytest.raises(ValueError, match=r"shard-00007.safetensors is no shard of a teacher cache: move it"):
+        write_teacher_cache(classifier(6), [image_batch(2, seed=2)], folder, k=3)
+    assert (folder / "shard-00007.safetensors").exists()

@@ -355,7 +355,7 @@ def test_stopped_writing_goes_on(tmp_path):
     whole = write_teacher_cache(Counting(teacher), batches, tmp_path / "whole", **options)
     with pytest.raises(KeyboardInterrupt):
         write_teacher_cache(Counting(teacher, 3), batches, folder, **options)
-    assert sorted(files(folder)) == [f"shard-0000{n}.safetensors" for n in range(3)]
+    assert sorted(files(folder)) == ["begun.json", *(f"shard-0000{n}.safetensors" for n in range(3))]
     with pytest.raises(ValueError, match=r"holds no index.json, but 3 shards: writing was stopped.*goes on"):
         CachedTeacher(folder)
     # As a kill during a shard leaves it, and as a machine without power may.
@@ -367,7 +367,7 @@ def test_stopped_writing_goes_on(tmp_path):
     cached = write_teacher_cache(again, batches, folder, **options)
     assert again.batches == 3, "the third batch, cut off, and the two that were never run"
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == untouched
-    assert not list(folder.glob("*.part"))
+    assert not list(folder.glob("*.part")) and not (folder / "begun.json").exists()
     assert cached.samples == whole.samples == 20
     for batch in batches:
         mine, theirs = (c(pixel_values=batch["pixel_values"]) for c in (cached, whole))
@@ -377,16 +377,24 @@ def test_stopped_writing_goes_on(tmp_path):
 
 
 def test_a_shard_has_its_name_when_it_is_whole(tmp_path, monkeypatch):
-    """Stopped before the renaming, nothing is left under a shard's name."""
+    """Stopped before any renaming, nothing is left under its own name; and the next start goes on."""
     from pathlib import Path
 
-    def stop(*_):
-        raise KeyboardInterrupt
+    folder, replace = tmp_path / "c", Path.replace
+    for left in ("begun.json.part", "shard-00000.safetensors.part", "index.json.part"):
 
-    monkeypatch.setattr(Path, "replace", stop)
-    with pytest.raises(KeyboardInterrupt):
-        write_teacher_cache(classifier(4), image_batches(1), tmp_path / "c", k=3)
-    assert [path.name for path in (tmp_path / "c").iterdir()] == ["shard-00000.safetensors.part"]
+        def stop(self, target, name=left):
+            if self.name == name:
+                raise KeyboardInterrupt
+            return replace(self, target)
+
+        monkeypatch.setattr(Path, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            write_teacher_cache(classifier(4), image_batches(1), folder, k=3)
+        assert (folder / left).exists() and not (folder / left.removesuffix(".part")).exists()
+    monkeypatch.undo()
+    assert write_teacher_cache(classifier(4), image_batches(1), folder, k=3).samples == 4
+    assert sorted(files(folder)) == ["index.json", "shard-00000.safetensors"]
 
 
 def test_a_whole_cache_is_not_computed_again_and_grows(tmp_path):

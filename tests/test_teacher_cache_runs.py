@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from squeezeheads import run_cache
@@ -107,6 +108,28 @@ def test_a_folder_of_another_teacher_is_refused(tmp_path, requests, capsys, chan
     assert main(["distill", str(requests("second", **other, teacher__cache=cache))]) == 2
     told = " ".join(capsys.readouterr().err.split())
     assert "teacher.cache:" in told and "another teacher or with other settings" in told and message in told
+
+
+@pytest.mark.parametrize("place", ["a file", "a file/within", "/proc/no"])
+def test_a_folder_that_cannot_be_written_to_is_found_before_training(tmp_path, place, capsys):
+    (tmp_path / "a file").write_text("")
+    folder = str(tmp_path / place)
+    path = digits(tmp_path, teacher__cache={"folder": folder})
+    (problem,) = plan_recipe(path).problems
+    assert problem.key == "teacher.cache.folder" and problem.message.startswith(f"teacher.cache.folder={folder!r}: ")
+    assert main(["distill", str(path)]) == 2 and "teacher.cache.folder" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a file", "recipe.yaml"]
+
+
+def test_two_teachers_in_one_folder_are_refused(tmp_path):
+    folder = str(tmp_path / "caches")
+    path = digits(tmp_path)
+    tree = yaml.safe_load(path.read_text())
+    teacher = tree.pop("teacher") | {"cache": {"folder": folder}}
+    path.write_text(yaml.safe_dump({**tree, "teachers": {"a": teacher, "b": teacher}}))
+    problems = plan_recipe(path).problems
+    assert [problem.key for problem in problems] == ["teachers.a.cache.folder", "teachers.b.cache.folder"]
+    assert f"teachers.a.cache.folder={folder!r} is that of teachers.b too" in problems[0].message
 
 
 def test_images_without_augmentation(tmp_path):

@@ -11,6 +11,10 @@ class RecipeError(ValueError):
     """A recipe that cannot be carried out: names the key, the value, what was expected and the way out."""
 
 
+class MachineError(RecipeError):
+    """What this machine cannot do and another may: a GPU, or a package that needs one, is missing."""
+
+
 class SavingError(OSError):
     """Files of a training that could not be written, most often because a disk is full: says what is left and the way
     out."""

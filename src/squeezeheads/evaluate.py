@@ -13,10 +13,11 @@ from squeezeheads.adapters import ADAPTER_FILE, is_adapter, load_model
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation import attention_fidelity
 from squeezeheads.objectives import SqueezedHeads
-from squeezeheads.preflight import check_output, training_arguments
+from squeezeheads.preflight import check_output
 from squeezeheads.recipe import Recipe
 from squeezeheads.recording import RecordingError, record_attention
 from squeezeheads.run_folder import attention_objectives, check_data, load_teacher, models_and_data, take_up_plan
+from squeezeheads.training_options import training_arguments
 
 
 def evaluate(recipe: Recipe, model_path: str | None = None, console: Console | None = None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Files that mark a step as done, and what a full disk does to them."""
+"""Files that mark a step as done, places that can be written to, and what a full disk does."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import json
 import math
 import os
 import re
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +57,26 @@ def read_json(path: Path, way_out: str) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise RecipeError(f"{path} is damaged: {error}. {way_out}") from error
+
+
+def try_writing(folder: Path) -> None:
+    """Whether a folder can be made and written to. Nothing of the trial is left.
+
+    Raises:
+        OSError, ValueError: it cannot; the second for what no file name can be.
+    """
+    made: list[Path] = []
+    try:
+        for path in (*reversed(folder.parents), folder):
+            if not path.exists():
+                path.mkdir()
+                made.append(path)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    finally:
+        for path in reversed(made):
+            with suppress(OSError):  # another run has begun to use it
+                path.rmdir()
 
 
 def make_durable(folder: Path) -> None:

@@ -1,150 +1,31 @@
-"""Before any training: the models of a recipe, and every check that needs no trained weights."""
+"""Before any training: the output folder, and the first step of every training on trial."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 import json
 import os
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainingArguments, set_seed
+from transformers import PreTrainedModel, TrainingArguments
 
-from squeezeheads.adapters import AdaptersOff, add_lora, load_model
+from squeezeheads.adapters import AdaptersOff, load_model
 from squeezeheads.distillation import Distillation
-from squeezeheads.errors import RecipeError, in_short, similar
-from squeezeheads.files import part_of
-from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
+from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.files import part_of, try_writing
+from squeezeheads.recipe import DISTILLED, Recipe, dump_recipe
+from squeezeheads.recipe_models import Models, check_configs
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.tasks.causal import check_causal
-
-TEACHER_SEED = 0
-
-_EVALUATION = "the run measures its models itself, behind training"
-_BEST = "the run keeps the best student itself, by the validation split"
-_HUB = "the run leaves its models in output; push them from there"
-
-# Options of TrainingArguments that would undo what makes students comparable, or what a stopped run goes on from, or
-# that a run has no use for; with the reason.
-REFUSED = {
-    "num_train_epochs": "training.max_steps says how long training is",
-    "resume_from_checkpoint": "a run finds its last checkpoint itself",
-    "save_only_model": "without the optimiser's state a stopped run could not go on as if it had not been stopped",
-    "ignore_data_skip": "a stopped run would see its first data again in place of what is left",
-    "restore_callback_states_from_checkpoint": "callbacks begin anew with each start of a run",
-    "enable_jit_checkpoint": "a run goes on from the checkpoints of every save_every steps",
-    "save_on_each_node": "a run has one process",
-    "auto_find_batch_size": "students would be trained with batches of other sizes: set training.batch_size",
-    "eval_strategy": _EVALUATION,
-    "eval_on_start": _EVALUATION,
-    "eval_steps": _EVALUATION,
-    "eval_delay": _EVALUATION,
-    "eval_accumulation_steps": _EVALUATION,
-    "eval_do_concat_batches": _EVALUATION,
-    "eval_use_gather_object": _EVALUATION,
-    "batch_eval_metrics": _EVALUATION,
-    "include_for_metrics": _EVALUATION,
-    "prediction_loss_only": _EVALUATION,
-    "do_train": "the command says what is done",
-    "do_eval": _EVALUATION,
-    "do_predict": _EVALUATION,
-    "load_best_model_at_end": _BEST,
-    "metric_for_best_model": _BEST,
-    "greater_is_better": _BEST,
-    "label_smoothing_factor": "it would be ignored: the task objective is the model's own loss",
-    "push_to_hub": _HUB,
-    "hub_model_id": _HUB,
-    "hub_strategy": _HUB,
-    "hub_token": _HUB,
-    "hub_private_repo": _HUB,
-    "hub_always_push": _HUB,
-    "hub_revision": _HUB,
-}
-OWN_KEYS = "the run sets it itself, from output, seeds and the keys of training"
-
-
-def teacher_config(task: Task, recipe: Recipe, name: str) -> Any:
-    """A teacher's configuration.
-
-    Raises:
-        RecipeError: there is none, or one that no model can be made by; names the key.
-    """
-    spec, key = recipe.named_teachers[name], recipe.teacher_key(name)
-    if spec.path is None:
-        return task.new_config(spec.config, f"{key}.config")
-    return task.adapt_config(task.pretrained_config(spec.path, f"{key}.path"))
-
-
-def student_config(task: Task, recipe: Recipe, base: Any) -> Any:
-    """The student's, where it is new as changes to ``base``: the first teacher's.
-
-    Raises:
-        RecipeError: as in ``teacher_config``; adapters that the task cannot save.
-    """
-    student = recipe.student
-    if student.lora is not None and not task.adapters:
-        raise RecipeError(
-            "student.lora: this task saves its models in another library's format and knows no adapters. Leave it out, "
-            "and the whole student is trained."
-        )
-    if student.path is None:
-        return task.new_config(student.config, "student.config", base)
-    return task.adapt_config(task.pretrained_config(student.path, "student.path"))
-
-
-def vocabulary(config: Any) -> int | None:
-    """How many classes or tokens a model of this configuration predicts; ``None`` where it does not say."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(text, "vocab_size", None) or getattr(config, "num_labels", None)
-
-
-@dataclass
-class Models:
-    """How the models of a recipe are made."""
-
-    task: Task
-    recipe: Recipe
-
-    def __post_init__(self) -> None:
-        names = self.recipe.named_teachers
-        self.teacher_configs: dict[str, Any] = {name: teacher_config(self.task, self.recipe, name) for name in names}
-        self.student_config = student_config(self.task, self.recipe, next(iter(self.teacher_configs.values())))
-
-    @property
-    def vocabularies(self) -> dict[str, int | None]:
-        """How many classes or tokens each teacher predicts, by name; ``None`` where its configuration does not say."""
-        return {name: vocabulary(config) for name, config in self.teacher_configs.items()}
-
-    def new_teacher(self, name: str) -> PreTrainedModel:
-        """The pretrained teacher, or one with random weights."""
-        spec = self.recipe.named_teachers[name]
-        if spec.path is not None:
-            return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
-        set_seed(TEACHER_SEED)
-        return self.task.build(copy.deepcopy(self.teacher_configs[name]), spec.attn_implementation, spec.dtype)
-
-    def new_student(self, seed: int) -> PreTrainedModel:
-        """A student as it is before training: the same for every set of objectives."""
-        spec = self.recipe.student
-        set_seed(seed)  # a pretrained student too: a head that its checkpoint lacks is drawn at random
-        if spec.path is None:
-            return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
-        model = self.task.load(spec.path, spec.attn_implementation, spec.dtype)
-        if spec.lora is None:
-            return model
-        try:
-            return add_lora(model, spec.lora)
-        except (ImportError, ValueError) as error:
-            raise RecipeError(f"student.lora: {error}") from error
+from squeezeheads.training_options import training_arguments
 
 
 def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None, free: Sequence[str] = ()) -> None:
@@ -194,23 +75,12 @@ def _check_no_links(output: Path) -> None:
 
 
 def _check_writable(output: Path) -> None:
-    """Whether the folder can be made and written to. Nothing of the trial is left."""
-    made: list[Path] = []
     try:
-        for folder in (*reversed(output.parents), output):
-            if not folder.exists():
-                folder.mkdir()
-                made.append(folder)
-        with tempfile.TemporaryFile(dir=output):
-            pass
+        try_writing(output)
     except (OSError, ValueError) as error:
         raise RecipeError(
             f"output={output} cannot be made or written to: {error}. Choose another folder with --output."
         ) from error
-    finally:
-        for folder in reversed(made):
-            with suppress(OSError):  # another run has begun to use it
-                folder.rmdir()
 
 
 def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
@@ -219,17 +89,6 @@ def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
             yield from _different_keys(a.get(name), b.get(name), f"{key}.{name}" if key else name)
     elif a != b:
         yield key
-
-
-def check_configs(models: Models) -> None:
-    """Whether the models, by their configurations, are for the task's data. Loads no weights.
-
-    Raises:
-        RecipeError: one is not.
-    """
-    for name, config in models.teacher_configs.items():
-        models.task.check_model(config, models.recipe.teacher_key(name))
-    models.task.check_model(models.student_config, "student")
 
 
 def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
@@ -436,79 +295,3 @@ def _same_random_numbers() -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy_state)
-
-
-def check_training(recipe: Recipe) -> None:
-    """The options of every training of the run: transformers' own checks of them, before any."""
-    # The machine's part of them (bf16 where there is none …) is checked here too.
-    for name, spec in recipe.named_teachers.items():
-        if spec.training is not None:
-            key = f"{recipe.teacher_key(name)}.training"
-            training_arguments(spec.training, key, Path(recipe.output), TEACHER_SEED)
-    training_arguments(recipe.training, "training", Path(recipe.output), recipe.seeds[0])
-
-
-def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int) -> TrainingArguments:
-    """transformers' options of one training.
-
-    Raises:
-        RecipeError: an option that the run sets itself or has no use for, an unknown one, or what transformers refuses.
-    """
-    fixed: dict[str, Any] = {
-        "output_dir": str(output_dir),
-        "max_steps": spec.max_steps,
-        "per_device_train_batch_size": spec.batch_size,
-        "per_device_eval_batch_size": spec.batch_size,
-        "gradient_accumulation_steps": spec.gradient_accumulation_steps,
-        "learning_rate": spec.learning_rate,
-        "lr_scheduler_type": spec.lr_scheduler,
-        "warmup_steps": spec.warmup_steps,
-        "weight_decay": spec.weight_decay,
-        "max_grad_norm": spec.max_grad_norm,
-        "bf16": spec.precision == "bf16",
-        "fp16": spec.precision == "fp16",
-        "save_strategy": "steps",
-        "save_steps": spec.save_every,
-        "save_total_limit": 1,
-        "logging_steps": spec.log_every,
-        "seed": seed,
-        "data_seed": seed,
-    }
-    free = {
-        "report_to": "none",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        "remove_unused_columns": False,  # what a sample holds is the task's matter, and its collation's
-    }
-    taken = sorted(set(spec.arguments) & {*fixed, *REFUSED})
-    if taken:
-        reasons = [f"{name} cannot be given here: {REFUSED.get(name, OWN_KEYS)}." for name in taken]
-        raise RecipeError(f"{key}.arguments: {' '.join(reasons)}")
-    known = {f.name for f in dataclasses.fields(TrainingArguments)}
-    unknown = sorted(set(spec.arguments) - known)
-    if unknown:
-        hints = [f"{name}{similar(name, known)}" for name in unknown]
-        raise RecipeError(f"{key}.arguments: no such option of TrainingArguments: {' '.join(hints)}")
-    try:
-        args = TrainingArguments(**{**free, **fixed, **spec.arguments})
-        device, gpus, processes = args.device, args.n_gpu, args.world_size
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{key}: transformers refuses these options: {error}") from error
-    if processes > 1:
-        raise RecipeError(
-            f"{processes} processes were launched and a run is one: start it without torchrun or accelerate launch. To "
-            "train with several, write a script around SqueezeTrainer."
-        )
-    if gpus > 1:
-        raise RecipeError(f"{gpus} GPUs are visible and a run uses one: choose it, CUDA_VISIBLE_DEVICES=0.")
-    if args.fp16 and device.type == "cpu":
-        raise RecipeError(
-            f"{key}.precision=fp16 needs a GPU: on the CPU accelerate would train in float32 without a word. Use bf16, "
-            "or fp32."
-        )
-    if device.type == "mps":
-        raise RecipeError(
-            f"{key}: squeezing sums in float64, which Apple's GPUs lack. Run on the CPU: "
-            f"--{key}.arguments '{{use_cpu: true}}'."
-        )
-    return args

@@ -37,15 +37,9 @@ from squeezeheads.evaluate import evaluate
 from squeezeheads.evaluation import attention_fidelity, measure_squeezing
 from squeezeheads.files import finite, read_json, store_json, store_text
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
-from squeezeheads.preflight import (
-    TEACHER_SEED,
-    Models,
-    check_models,
-    check_output,
-    check_training,
-    training_arguments,
-)
+from squeezeheads.preflight import check_models, check_output
 from squeezeheads.recipe import DISTILLED, Recipe, TeacherSpec, TrainingSpec, dump_recipe, folder_name
+from squeezeheads.recipe_models import TEACHER_SEED, Models
 from squeezeheads.reports.figures import attention_figures
 from squeezeheads.reports.gains import summary
 from squeezeheads.reports.made_by import describe_run
@@ -67,6 +61,7 @@ from squeezeheads.run_folder import (
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.trainer import SqueezeTrainer
 from squeezeheads.training import train
+from squeezeheads.training_options import check_training, training_arguments
 
 __all__ = ["distill", "evaluate"]
 

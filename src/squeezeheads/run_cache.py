@@ -11,10 +11,12 @@ from rich.console import Console
 from transformers import PreTrainedModel, TrainingArguments
 
 from squeezeheads.errors import RecipeError
+from squeezeheads.files import try_writing
 from squeezeheads.objectives import Objective
 from squeezeheads.recipe import DISTILLED, CacheSpec, Recipe
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.teacher_cache import CachedTeacher, write_teacher_cache
+from squeezeheads.teacher_cache.shards import check_folder
 
 FOLDER = "teacher-cache"
 
@@ -37,7 +39,8 @@ def check_cache(recipe: Recipe, name: str, vocabulary: int | None) -> None:
 
     Raises:
         RecipeError: inputs that are drawn anew each time they are seen; an objective that needs more than logits, or
-            the mean of several teachers' logits of which not all are kept; more logits than there are.
+            the mean of several teachers' logits of which not all are kept; more logits than there are; a folder that
+            holds something else, or cannot be written to.
     """
     spec = recipe.named_teachers[name]
     if spec.cache is None:
@@ -61,6 +64,24 @@ def check_cache(recipe: Recipe, name: str, vocabulary: int | None) -> None:
             )
     if isinstance(spec.cache.k, int) and vocabulary is not None and spec.cache.k > vocabulary:
         raise RecipeError(f"{key}.k={spec.cache.k}: the teacher tells {vocabulary} apart, expected at most as many.")
+    if spec.cache.folder:  # else it is within output
+        place = Path(spec.cache.folder).absolute()
+        for other, theirs in recipe.named_teachers.items():
+            if (
+                other != name
+                and theirs.cache is not None
+                and cache_folder(recipe, other, theirs.cache).absolute() == place
+            ):
+                raise RecipeError(
+                    f"{key}.folder={spec.cache.folder!r} is that of {recipe.teacher_key(other)} too: a cache holds one "
+                    "teacher's predictions. Give each a folder of its own."
+                )
+        try:
+            check_folder(Path(spec.cache.folder))
+            try_writing(Path(spec.cache.folder))
+        except (OSError, ValueError) as error:
+            told = str(error) if type(error) is ValueError else f"it cannot be written to: {error}. Choose another."
+            raise RecipeError(f"{key}.folder={spec.cache.folder!r}: {told}") from error
 
 
 def _learning_from(recipe: Recipe, name: str) -> dict[str, Objective]:

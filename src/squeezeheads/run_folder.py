@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 from squeezeheads.errors import RecipeError
 from squeezeheads.files import read_json
 from squeezeheads.objectives import SqueezedHeads
-from squeezeheads.preflight import Models
 from squeezeheads.recipe import DISTILLED, Recipe
+from squeezeheads.recipe_models import Models
 from squeezeheads.tasks import Pretrained, Splits, Task
 
 DATA_FILE = "data.json"

@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     # Read when transformers is imported: its notices about optional packages say nothing about this run.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Likewise: where the package kernels is installed, models would fetch code from the hub for what they compute.
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")
     from squeezeheads.errors import RecipeError, in_short
 
     try:

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from squeezeheads.diffusion.loss import DiffusionLoss
 from squeezeheads.models import MDTTransformer2DModel
+from squeezeheads.named_models import looking_for
 
 
 @dataclass
@@ -202,13 +203,14 @@ def load_config(path: str) -> tuple[DenoiserConfig, dict[str, str]]:
     """
     pipeline = (Path(path) / "model_index.json").is_file()
     where = {"subfolder": "transformer"} if pipeline else {}
-    try:
-        found = DiTTransformer2DModel.load_config(path, **where)
-    except OSError:
-        if where or Path(path).exists():
-            raise
-        where = {"subfolder": "transformer"}  # the hub's DiT are pipelines
-        found = DiTTransformer2DModel.load_config(path, **where)
+    with looking_for(path):
+        try:
+            found = DiTTransformer2DModel.load_config(path, **where)
+        except OSError:
+            if where or Path(path).exists():
+                raise
+            where = {"subfolder": "transformer"}  # the hub's DiT are pipelines
+            found = DiTTransformer2DModel.load_config(path, **where)
     name = found.get("_class_name")
     # DiT was saved under the name of diffusers' general transformer once.
     if name == "Transformer2DModel" and found.get("norm_type") == "ada_norm_zero":

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.named_models import looking_for
 
 PART = 4096
 """Images encoded between writes: a run that is stopped goes on after the last whole part."""
@@ -49,7 +50,8 @@ def load_autoencoder(path: str) -> AutoencoderKL:
         OSError, ValueError: there is none.
     """
     subfolder = {"subfolder": "vae"} if (Path(path) / "model_index.json").is_file() else {}
-    vae = AutoencoderKL.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **subfolder)
+    with looking_for(path):
+        vae = AutoencoderKL.from_pretrained(path, use_safetensors=True, low_cpu_mem_usage=False, **subfolder)
     return vae.eval().requires_grad_(False)
 
 
@@ -70,7 +72,8 @@ def latent_shape(path: str, image_size: int) -> tuple[int, int]:
     """
     subfolder = {"subfolder": "vae"} if (Path(path) / "model_index.json").is_file() else {}
     try:
-        config = SimpleNamespace(**AutoencoderKL.load_config(path, **subfolder))
+        with looking_for(path):
+            config = SimpleNamespace(**AutoencoderKL.load_config(path, **subfolder))
         return _latent_size(config, image_size)
     except (OSError, ValueError, AttributeError) as error:
         raise RecipeError(f"autoencoder={path!r} cannot be loaded: {in_short(error)}") from error

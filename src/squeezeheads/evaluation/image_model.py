@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.image_inputs.normalisation import Normalisation
 from squeezeheads.image_inputs.processing import View, own_processor
+from squeezeheads.named_models import check_attention, find_config
 
 
 class ImageModel(nn.Module):
@@ -32,6 +33,8 @@ class ImageModel(nn.Module):
 
         kind = AutoModelForImageClassification if classifies else AutoModel
         try:
+            # No attention is asked for, since not every vision model has one; and none is taken from the folder.
+            check_attention(find_config(path)._attn_implementation or "sdpa")
             model, found = kind.from_pretrained(
                 path, trust_remote_code=False, use_safetensors=True, output_loading_info=True
             )

@@ -20,22 +20,15 @@ from squeezeheads.planning.lessons import Lesson, plan_lesson, sources_of
 from squeezeheads.planning.problems import Problem, Problems
 from squeezeheads.planning.reading import read_with_problems
 from squeezeheads.planning.shapes import Shape, saved_bytes, shape_of, try_forward
-from squeezeheads.preflight import (
-    FOREIGN,
-    TEACHER_SEED,
-    as_in_training,
-    check_output,
-    student_config,
-    teacher_config,
-    training_arguments,
-    vocabulary,
-)
+from squeezeheads.preflight import FOREIGN, as_in_training, check_output
 from squeezeheads.recipe import DISTILLED, ModelSpec, Recipe, TrainingSpec
+from squeezeheads.recipe_models import TEACHER_SEED, student_config, teacher_config, vocabulary
 from squeezeheads.recording import RecordingError
 from squeezeheads.run_cache import check_cache
 from squeezeheads.run_folder import MADE
 from squeezeheads.tasks import Pretrained, Task
 from squeezeheads.tiling import DEVICE_TILE_BYTES, TILE_BYTES
+from squeezeheads.training_options import training_arguments
 
 NOT_REENTRANT = {"use_reentrant": False}
 LARGEST_HALF = torch.finfo(torch.float16).max

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from squeezeheads.batches import Inputs, labelled_targets, one_pass, padding_rows
+from squeezeheads.named_models import check_attention, find_config
 from squeezeheads.tasks import modeling
 from squeezeheads.tasks.sketch import Sketch
 
@@ -206,11 +207,13 @@ class Task:
     def build(self, config: PreTrainedConfig, attn_implementation: str, dtype: str = "float32") -> PreTrainedModel:
         """A new model with random weights, in ``dtype`` whatever the configuration says: that may come from a teacher
         who was saved in less."""
+        check_attention(attn_implementation, self.auto_class, config)
         config.dtype = getattr(torch, dtype)
         return self.auto_class.from_config(config, attn_implementation=attn_implementation, dtype=config.dtype)
 
     def load(self, path: str, attn_implementation: str = "sdpa", dtype: str = "float32") -> PreTrainedModel:
         """A pretrained model from a folder or the hub: safetensors alone, and remote code is never run."""
+        check_attention(attn_implementation, self.auto_class, find_config(path))
         return self.auto_class.from_pretrained(
             path, attn_implementation=attn_implementation, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )

@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from squeezeheads.batches import evaluating, next_token_targets
 from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.named_models import find_config
 from squeezeheads.tasks.base import Pretrained
 from squeezeheads.tasks.sketch import Sketch
 from squeezeheads.tasks.tokenization import (
@@ -48,13 +49,11 @@ def shared_vocabulary(tokenizer: PreTrainedTokenizerBase, pretrained: Pretrained
     Raises:
         RecipeError: a pretrained model whose configuration cannot be loaded.
     """
-    from transformers import AutoConfig
-
     sizes = [model_vocabulary(tokenizer)]
     for path in (*pretrained.teachers.values(), pretrained.student):
         if path is not None:
             try:
-                config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+                config = find_config(path)
             except (OSError, ValueError, ImportError) as error:
                 raise RecipeError(f"{path} cannot be loaded: {in_short(error)}") from error
             sizes.append(getattr(config.get_text_config(), "vocab_size", 0))

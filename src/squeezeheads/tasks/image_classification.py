@@ -17,10 +17,12 @@ from squeezeheads.batches import PROBABILITIES, evaluating
 from squeezeheads.errors import RecipeError
 from squeezeheads.image_inputs.normalisation import normalisation_of, renormalise_inputs
 from squeezeheads.image_inputs.processing import View, new_processor, own_processor
+from squeezeheads.named_models import check_attention, find_config
 from squeezeheads.tasks.augmentation import Augmentation, erase, mix, seeded, smoothed
 from squeezeheads.tasks.base import Pretrained, Splits, Task
+from squeezeheads.tasks.hub_data import HUB
 from squeezeheads.tasks.image_headers import pretrained_classes, sketch_images
-from squeezeheads.tasks.images import DIGITS, HUB, Sample, Samples, SplitPlan, check_class_order, read_images
+from squeezeheads.tasks.images import DIGITS, Sample, Samples, SplitPlan, check_class_order, read_images
 from squeezeheads.tasks.sketch import Sketch
 from squeezeheads.tasks.timm_models import MODEL_TYPE, fit_to_images, to_timm_format
 
@@ -272,11 +274,10 @@ class ImageClassification(Task):
         """As every task's; a model whose own normalisation is another than the batch's converts its inputs. Its
         ``fresh_weights`` are the names of those that the folder does not hold, a new classifier's."""
         options: dict[str, Any] = {}
+        config = find_config(path)
+        check_attention(attn_implementation, self.auto_class, config)
         if self.new_head:
-            from transformers import AutoConfig
-
-            config = self.adapt_config(AutoConfig.from_pretrained(path, trust_remote_code=False))
-            options = {"config": config, "ignore_mismatched_sizes": True}
+            options = {"config": self.adapt_config(config), "ignore_mismatched_sizes": True}
         model, found = self.auto_class.from_pretrained(
             path,
             attn_implementation=attn_implementation,
@@ -340,9 +341,7 @@ def _channels_of(path: str | None) -> int | None:
     model is loaded."""
     if path is None:
         return None
-    from transformers import AutoConfig
-
     try:
-        return getattr(AutoConfig.from_pretrained(path, trust_remote_code=False), "num_channels", None)
+        return getattr(find_config(path), "num_channels", None)
     except (OSError, ImportError, ValueError):
         return None

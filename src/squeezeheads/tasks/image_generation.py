@@ -16,6 +16,7 @@ from squeezeheads.batches import evaluating
 from squeezeheads.diffusion.specs import LEAST_IMAGES, DiffusionSpec, SamplingSpec
 from squeezeheads.diffusion.square_images import SquareImages
 from squeezeheads.errors import RecipeError
+from squeezeheads.files import try_writing
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks import modeling
@@ -127,6 +128,7 @@ class ImageGeneration(Task):
         self._image_shape = (channels if self._vae is None else self._vae.config.out_channels, size)
         self._levels = found["train"].white + 1
         self._check_images(len(parts["test"].indices))
+        self._check_latent_cache()
         self._load_judges()
         squares = {id(part.images): SquareImages(part.images, channels, size) for part in parts.values()}
         self._test_pixels = (squares[id(parts["test"].images)], evenly(parts["test"]))
@@ -163,6 +165,8 @@ class ImageGeneration(Task):
             if len(sketch.problems) > before:
                 told = f"{self._shape[0]} × {self._shape[1]} × {self._shape[1]}"
                 sketch.notes.append(f"Latents of {told} are assumed, as of Stable Diffusion's autoencoder.")
+        with sketch.noting("latent_cache"):
+            self._check_latent_cache()
         for key, path in (("classifier", self.classifier), ("sampling.features", self.sampling.features)):
             if path is not None and path != "pixels":
                 with sketch.noting(key):
@@ -197,6 +201,17 @@ class ImageGeneration(Task):
                 f"data={self.data!r}: the test split has {tested} images, and metrics of generated images need at "
                 f"least {LEAST_IMAGES}: set sampling.images to 0, or give other data."
             )
+
+    def _check_latent_cache(self) -> None:
+        """Whether latents can be kept, where there are any."""
+        if self.autoencoder is None:
+            return
+        try:
+            try_writing(Path(self.latent_cache))
+        except (OSError, ValueError) as error:
+            raise RecipeError(
+                f"latent_cache={self.latent_cache!r} cannot be made or written to: {error}. Choose another folder."
+            ) from error
 
     def fingerprint(self, samples: Sequence[Mapping[str, Any]]) -> str:
         """SHA-256 of the split's stored images and labels: nothing is decoded, encoded or drawn."""

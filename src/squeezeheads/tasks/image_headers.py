@@ -12,7 +12,8 @@ from typing import Any
 
 from squeezeheads.errors import RecipeError
 from squeezeheads.tasks.base import Pretrained
-from squeezeheads.tasks.images import DIGITS, HUB, IDX_FILES, column_of, load_saved, read_idx
+from squeezeheads.tasks.hub_data import HUB, parts_of
+from squeezeheads.tasks.images import DIGITS, HUB_EXPECTED, IDX_FILES, column_of, load_saved, read_idx
 from squeezeheads.tasks.sketch import Sketch
 
 ASSUMED_CLASSES = 1000
@@ -135,9 +136,7 @@ def _of_features(features: Any, source: str, image_column: str | None, label_col
 def _hub_features(source: str) -> Any:
     import datasets
 
-    name, _, config = source.removeprefix(HUB).partition(":")
-    if not name:
-        raise RecipeError(f"data={source!r}: expected hub:NAME or hub:NAME:CONFIG.")
+    name, config = parts_of(source, "data", HUB_EXPECTED, 2)
     try:
         features = datasets.load_dataset_builder(name, config or None).info.features
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:

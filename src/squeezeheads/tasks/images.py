@@ -17,10 +17,12 @@ from numpy.typing import NDArray
 
 from squeezeheads.epochs import SharedEpoch
 from squeezeheads.errors import RecipeError
+from squeezeheads.tasks.hub_data import HUB, parts_of
 
 DIGITS = "digits"
 """The source that scikit-learn brings."""
-HUB = "hub:"
+
+HUB_EXPECTED = f"{HUB}NAME or {HUB}NAME:CONFIG"
 
 Pixels = NDArray[np.uint8]
 """(C, H, W), as stored."""
@@ -265,9 +267,7 @@ def load_saved(source: str) -> Mapping[str, Any]:
 def _from_hub(source: str) -> Mapping[str, Any]:
     import datasets
 
-    name, _, config = source.removeprefix(HUB).partition(":")
-    if not name or Path(name).exists():
-        raise RecipeError(f"data={source!r}: expected hub:NAME or hub:NAME:CONFIG; a folder goes without {HUB}")
+    name, config = parts_of(source, "data", HUB_EXPECTED, 2)
     try:
         return datasets.load_dataset(name, config or None)
     except (ValueError, OSError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -495,7 +495,7 @@ class Samples(Sequence[Any]):
 
 __all__ = [
     "DIGITS",
-    "HUB",
+    "HUB_EXPECTED",
     "ArrayImages",
     "DataSetImages",
     "ImageSet",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from squeezeheads.errors import RecipeError, check_count, in_short, similar
+from squeezeheads.named_models import find_config, refuse_loading
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -30,11 +31,15 @@ def new_config(
 
     Raises:
         RecipeError: an unknown model type or key, a size that is no whole number of at least 1, sizes that the model
-            refuses.
+            refuses; an option by which something would be loaded.
     """
     from transformers import CONFIG_MAPPING, AutoConfig
 
     changes = dict(changes)
+    try:
+        refuse_loading(changes, f"{key}.")
+    except ValueError as error:
+        raise RecipeError(str(error)) from error
     model_type = changes.pop("model_type", None)
     if model_type is not None and (base is None or model_type != base.model_type):
         if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
@@ -76,10 +81,8 @@ def pretrained_config(path: str, key: str) -> PreTrainedConfig:
     Raises:
         RecipeError: there is none; names ``key``.
     """
-    from transformers import AutoConfig
-
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return find_config(path)
     except (OSError, ImportError, ValueError) as error:
         raise RecipeError(f"{key}={path!r} cannot be loaded: {in_short(error)}") from error
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from squeezeheads.errors import RecipeError
-from squeezeheads.tasks.text import HUB, STDLIB, find_files, is_saved_data_set, refuse_tables
+from squeezeheads.tasks.hub_data import HUB, parts_of
+from squeezeheads.tasks.text import HUB_EXPECTED, STDLIB, find_files, is_saved_data_set, refuse_tables
 
 
 @dataclass
@@ -42,7 +43,9 @@ class Sketch:
             if source == STDLIB and expected is None:
                 continue
             if source.startswith(HUB) and expected is None:
-                self.notes.append(f"{key}: {source} is asked for when the run starts.")
+                with self.noting(key):
+                    parts_of(source, key, HUB_EXPECTED, 3)
+                    self.notes.append(f"{key}: {source} is asked for when the run starts.")
                 continue
             with self.noting(key):
                 try:

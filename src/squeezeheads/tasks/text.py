@@ -14,10 +14,12 @@ from typing import Any
 
 from squeezeheads.errors import RecipeError
 from squeezeheads.reading import read_jsonl, read_text
+from squeezeheads.tasks.hub_data import HUB, parts_of
 
 STDLIB = "stdlib"
 """The source that is on every machine: the interpreter's own standard library."""
-HUB = "hub:"
+
+HUB_EXPECTED = f"{HUB}NAME[:CONFIG][:SPLIT]"
 
 JSONL = (".jsonl", ".ndjson")
 """Suffixes of files with a JSON object a line, in small letters."""
@@ -227,15 +229,13 @@ def _from_hub(source: str, split: str, key: str) -> tuple[Any, str]:
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
 
-    name, config, chosen = (*source.removeprefix(HUB).split(":", 2), "", "")[:3]
-    if not name:
-        raise RecipeError(f"{key}: {source} names no data set: expected {HUB}NAME[:CONFIG][:SPLIT].")
+    name, config, chosen = parts_of(source, key, HUB_EXPECTED, 3)
     try:
         data = load_dataset(name, config or None, split=chosen or split)
     # RuntimeError: a data set that is a script, which datasets no longer runs.
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, DatasetsError) as error:
         raise RecipeError(
-            f"{key}: {source} cannot be loaded: {' '.join(str(error).split())} Expected {HUB}NAME[:CONFIG][:SPLIT]; "
+            f"{key}: {source} cannot be loaded: {' '.join(str(error).split())} Expected {HUB_EXPECTED}; "
             f"without SPLIT it is {split!r}."
         ) from error
     return data, f"{HUB}{name}:{config}:{chosen or split}"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from squeezeheads.errors import RecipeError
+from squeezeheads.named_models import looking_for
 from squeezeheads.tasks.base import Pretrained
 
 if TYPE_CHECKING:
@@ -40,7 +41,8 @@ def load_tokenizer(path: str) -> PreTrainedTokenizerBase:
             "or hub name with the task's key tokenizer."
         )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        with looking_for(path):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     # KeyError, TypeError: tokenizer files of another format or damaged ones; RuntimeError: the Rust parser's.
     except (OSError, ValueError, ImportError, KeyError, TypeError, RuntimeError) as error:
         raise RecipeError(

@@ -3,6 +3,7 @@
     folder/
       shard-00000.safetensors …   keys, lengths and logits of samples; settings in the file's metadata
       index.json                  settings, counts, mass kept, the shards; written last
+      begun.json                  only until there is an index: whose files these are
 
 A shard is written under another name, brought to the disk, and renamed: one that has its name is whole.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -20,11 +22,14 @@ from typing import Any
 from torch import Tensor
 
 from squeezeheads.extras import how_to_install
-from squeezeheads.files import store_json
+from squeezeheads.files import part_of, store_json
 
 INDEX = "index.json"
+BEGUN = "begun.json"
 FORMAT = 1
 PART = ".part"
+
+_SHARD = re.compile(r"shard-(\d{5,})\.safetensors")
 
 
 @dataclass(frozen=True)
@@ -88,9 +93,73 @@ def needs_safetensors() -> Iterator[None]:
         ) from missing
 
 
+class Unreadable(ValueError):
+    """A shard that is cut off or damaged."""
+
+
+def check_folder(folder: Path) -> None:
+    """Whether a cache may be written here: into a folder that is new or empty, or one of ours.
+
+    Raises:
+        ValueError: a file, or a folder that holds something else. Nothing of it is touched.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file: expected a folder, new or of an earlier start.")
+    if not folder.is_dir() or _is_ours(folder):
+        return
+    # What a writer leaves that is stopped at its very start; hidden files are the system's.
+    others = sorted(p.name for p in folder.iterdir() if p != part_of(folder / BEGUN) and not p.name.startswith("."))
+    if others:
+        raise ValueError(
+            f"{folder} holds {', '.join(others[:3])}{' …' if len(others) > 3 else ''} and is no teacher cache: a cache "
+            "would be written among these files. Expected a folder that is new, empty, or a teacher cache: choose "
+            "another."
+        )
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether an index, the mark of a writer that was stopped, or each single shard says so."""
+    if any(_told_format(folder / name) is not None for name in (INDEX, BEGUN)):
+        return True
+    return bool(shard_files(folder)) and all(_is_our_shard(file) for file in shard_files(folder))
+
+
+def _told_format(file: Path) -> Any:
+    try:
+        told = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return told.get("format") if isinstance(told, dict) and "teacher" in told else None
+
+
+def _is_our_shard(file: Path) -> bool:
+    try:
+        read_summary(file)
+    except ValueError:
+        return False
+    return True
+
+
+def mark_begun(folder: Path, settings: Settings) -> None:
+    """Before the first shard: what a later start goes on from, even where none is whole yet."""
+    store_json(folder / BEGUN, {"format": FORMAT, "teacher": settings.teacher})
+
+
 def shard_files(folder: Path) -> list[Path]:
     """All shards with their final name, in order."""
-    return sorted(folder.glob("shard-*.safetensors"))
+    return sorted(file for file in folder.glob("shard-*") if _SHARD.fullmatch(file.name))
+
+
+def shard_number(file: Path) -> int:
+    """Of a shard, by its name."""
+    found = _SHARD.fullmatch(file.name)
+    assert found is not None  # of shard_files
+    return int(found[1])
+
+
+def half_shards(folder: Path) -> list[Path]:
+    """What is left of shards that were being written."""
+    return [file for file in folder.glob(f"shard-*{PART}") if _SHARD.fullmatch(file.name.removesuffix(PART))]
 
 
 def write_shard(
@@ -113,29 +182,33 @@ def open_shard(file: Path) -> Any:
     """A safetensors handle on a shard.
 
     Raises:
-        ValueError: it is cut off or no safetensors file.
+        Unreadable: it is cut off or no safetensors file.
     """
     with needs_safetensors():
         from safetensors import SafetensorError, safe_open
     try:
         return safe_open(str(file), framework="pt")
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} cannot be read: {error}") from error
+        raise Unreadable(f"{file} cannot be read: {error}") from error
 
 
 def read_summary(file: Path) -> tuple[Settings, ShardSummary]:
     """
     Raises:
-        ValueError: a file that is not whole, or no shard of a cache.
+        Unreadable: a file that is not whole.
+        ValueError: no shard of a cache.
     """
     said = (open_shard(file).metadata() or {}).get("teacher_cache")
-    if said is None:
-        raise ValueError(f"{file} is no shard of a teacher cache.")
-    data = json.loads(said)
-    if data["format"] != FORMAT:
-        raise ValueError(f"{file} has format {data['format']} of teacher caches, expected {FORMAT}.")
-    summary = ShardSummary(file.name, data["samples"], data["predictions"], data["mass"])
-    return Settings.from_json(data), summary
+    try:
+        data = json.loads(said or "")
+        if data["format"] == FORMAT:
+            summary = ShardSummary(file.name, data["samples"], data["predictions"], data["mass"])
+            return Settings.from_json(data), summary
+    except (ValueError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{file} is no shard of a teacher cache: move it elsewhere, or choose another folder."
+        ) from error
+    raise ValueError(f"{file} has format {data['format']} of teacher caches, expected {FORMAT}.")
 
 
 def write_index(folder: Path, settings: Settings, shards: list[ShardSummary]) -> None:
@@ -156,6 +229,7 @@ def write_index(folder: Path, settings: Settings, shards: list[ShardSummary]) ->
     }
     index = {"format": FORMAT, **asdict(settings), **counts, "mass_kept": mass, "shards": listed}
     store_json(folder / INDEX, index)
+    (folder / BEGUN).unlink(missing_ok=True)
 
 
 def read_index(folder: Path) -> dict[str, Any]:

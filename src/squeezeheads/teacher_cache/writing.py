@@ -16,12 +16,17 @@ from squeezeheads.objectives.base import logits_of
 from squeezeheads.teacher_cache.identity import KEY_BYTES, KeyedSample, keyed_samples, model_inputs, teacher_fingerprint
 from squeezeheads.teacher_cache.reading import CachedTeacher
 from squeezeheads.teacher_cache.shards import (
-    PART,
+    INDEX,
     Settings,
     ShardSummary,
+    Unreadable,
+    check_folder,
+    half_shards,
+    mark_begun,
     open_shard,
     read_summary,
     shard_files,
+    shard_number,
     write_index,
     write_shard,
 )
@@ -64,8 +69,8 @@ def write_teacher_cache(
 
     Raises:
         ValueError: an impossible k, temperature or number type; inputs that cannot be keyed (see the documentation of
-            offline teachers); logits of another shape, or not finite; a folder that holds a cache of another teacher,
-            vocabulary, or with other settings.
+            offline teachers); logits of another shape, or not finite; a folder that holds other files than a cache's,
+            or a cache of another teacher, vocabulary, or with other settings.
     """
     if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
         raise ValueError(f"k={k!r}: expected a whole number of at least 1, or None for all logits.")
@@ -108,15 +113,14 @@ class _Writer:
 
     def take_up(self) -> None:
         """What an earlier start left."""
-        if self.folder.exists() and not self.folder.is_dir():
-            raise ValueError(f"{self.folder} is a file: expected a folder, new or of an earlier start.")
-        for part in self.folder.glob(f"shard-*{PART}"):
+        check_folder(self.folder)
+        for part in half_shards(self.folder):
             part.unlink()
         for file in shard_files(self.folder):
-            self._number = int(file.stem.removeprefix("shard-")) + 1
+            self._number = shard_number(file) + 1
             try:
                 settings, summary = read_summary(file)
-            except ValueError:
+            except Unreadable:
                 file.unlink()  # cut off, by a machine that lost power for example: its samples are run again
                 continue
             self._agree(settings)
@@ -236,6 +240,8 @@ class _Writer:
         if not self._waiting or self.settings is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self.shards and not (self.folder / INDEX).is_file():
+            mark_begun(self.folder, self.settings)
         tensors = {name: torch.cat([part[name] for part in self._waiting]) for name in self._waiting[0]}
         file = self.folder / f"shard-{self._number:05d}.safetensors"
         self.shards.append(write_shard(file, tensors, self.settings, self._mass))
