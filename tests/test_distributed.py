@@ -28,7 +28,7 @@ from squeezeheads.recording import read_output_weight
 from test_trainer import objectives as attention
 from test_trainer import trainer
 
-QUICK, SLOW = ["plain", "accumulated", "other"], ["in shards", "mixed precision", "checkpointed"]
+QUICK, SLOW = ["plain", "accumulated", "default options", "other"], ["in shards", "mixed precision", "checkpointed"]
 WAYS = ["ddp", "fsdp2"]
 
 

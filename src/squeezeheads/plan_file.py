@@ -15,7 +15,8 @@ PLAN_FILE = "squeeze_plan.json"
 
 
 def share_plans(objectives: Mapping[str, Objective], folder: str | None, store: bool) -> None:
-    """After ``prepare``: each process decided on its own share of the data; all go by the first one's, which is stored.
+    """After ``prepare``: all go by what the first process decided, which is stored. Others may have seen other data
+    (those of a stream), or have other rounding.
 
     Args:
         objectives: those that decide something, by name; the same in every process.

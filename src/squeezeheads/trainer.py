@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import DataLoader, Subset
 from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
 
 from squeezeheads.adapters import AdaptersOff, load_adapters, shared_trained_weights
@@ -45,6 +47,9 @@ from squeezeheads.projector_files import (
     take_out,
     trained_parameters,
 )
+
+MOST_CALIBRATION_SAMPLES = 1024
+"""More say nothing new of which heads are alike, and the batches of large trainings would take minutes."""
 
 
 class SqueezeTrainer(WholeCheckpoints):
@@ -194,7 +199,7 @@ class SqueezeTrainer(WholeCheckpoints):
             if not (resume and take_up_plans(planned, self.args.output_dir)):
                 if self.is_fsdp_enabled and not self.is_in_train:
                     self.model.to(self.args.device)  # Trainer leaves it where it is, for it to be sharded
-                self.distillation.prepare(self.model, self._calibration_batches())
+                self.distillation.prepare(self.model, self._calibration_batches(), self._parts)
                 share_plans(planned, self.args.output_dir, self.args.should_save)
         for name, objective in self.distillation.objectives.items():
             if objective.projector is not None:
@@ -389,28 +394,39 @@ class SqueezeTrainer(WholeCheckpoints):
         real = 0.0 if COPIES in batch else 1.0
         return [{n: c * real for n, c in self.distillation.count(part).items()} for part in self.passes(own)]
 
+    @property
+    def _parts(self) -> int:
+        """Of a step's batch."""
+        return self.args.gradient_accumulation_steps * self.accelerator.num_processes
+
     def _calibration_batches(self) -> list[dict[str, Any]]:
-        """A few batches of training data, the same for every start with this seed, drawing on no global generator."""
+        """The samples of a few steps' batches, in parts that a model is run on: the same samples in every process,
+        however a step's batch is divided into accumulated parts and processes, and for every start with this seed.
+        Drawing on no global generator."""
         data, wanted = self.train_dataset, self.distillation.calibration_batches
         if data is None:
             raise ValueError(
                 "train_dataset is None: the attention objective needs training data to check the models on."
             )
+        part = self._train_batch_size
+        if self.accelerator.split_batches:  # a batch is that of all processes
+            part = max(part // self.accelerator.num_processes, 1)
+        count = min(wanted * self._parts * part, MOST_CALIBRATION_SAMPLES)
+        columns = {"description": "Calibration"}
+        if isinstance(data, datasets.Dataset):
+            data, collate = self._remove_unused_columns(data, **columns), self.data_collator
+        else:
+            collate = self._get_collator_with_removed_columns(self.data_collator, **columns)
         if hasattr(data, "__len__"):
             generator = torch.Generator().manual_seed(self.args.seed)
-            size = min(len(data), wanted * self.args.per_device_train_batch_size * self.accelerator.num_processes)
-            chosen = torch.randperm(len(data), generator=generator)[:size].tolist()
+            chosen = torch.randperm(len(data), generator=generator)[:count].tolist()
             data = data.select(chosen) if hasattr(data, "select") else Subset(data, chosen)
         batches = []
         python, numpy_state = random.getstate(), np.random.get_state()  # augmentation may draw on these
         with torch.random.fork_rng():
-            loader = self._get_dataloader(
-                data, "Calibration", batch_size=self._train_batch_size, sampler_fn=self._get_eval_sampler
-            )
-            for batch in loader:
+            # Not one that accelerate divides among the processes.
+            for batch in islice(DataLoader(data, part, collate_fn=collate), -(-count // part)):
                 batches.append(dict(self.passes(self._prepare_inputs(batch))[0]))
-                if len(batches) == wanted:
-                    break
         random.setstate(python)
         np.random.set_state(numpy_state)
         return batches
