@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments, set_seed
 
 from squeezeheads.adapters import AdaptersOff, add_lora, load_model
+from squeezeheads.checkpoints import lost_order
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError, in_short, similar
 from squeezeheads.files import part_of
@@ -494,6 +495,12 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
         device, gpus, processes = args.device, args.n_gpu, args.world_size
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{key}: transformers refuses these options: {error}") from error
+    lost = lost_order(args)
+    if lost is not None:
+        raise RecipeError(
+            f"{key}.arguments: {lost} cannot be given here: the order of the data comes of random numbers that are in "
+            "no checkpoint, so a stopped run would see other data. Leave it out."
+        )
     if processes > 1:
         raise RecipeError(
             f"{processes} processes were launched and a run is one: start it without torchrun or accelerate launch. To "
