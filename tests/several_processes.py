@@ -27,6 +27,8 @@ STUDENT = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
 CASES: dict[str, dict[str, Any]] = {
     "plain": {"size": 8, "save_steps": 4},
     "accumulated": {"size": 4, "gradient_accumulation_steps": 2},
+    # Groups of heads found on data: on the same in each process.
+    "default options": {"size": 4, "gradient_accumulation_steps": 2, "max_steps": 2},
     # Layers named for the student, which the teacher has not, and an output projection of another kind.
     "other": {"size": 8, "max_steps": 3, "fsdp_config": STUDENT},
     "in shards": {"size": 8, "save_steps": 4, "fsdp_config": {"state_dict_type": "SHARDED_STATE_DICT"}},
@@ -134,7 +136,9 @@ def start_anew() -> None:
 
 def run_case(name: str, folder: Path, mode: str, processes: int, resume: bool = False) -> SqueezeTrainer:
     start_anew()
-    changes = {"teacher": gpt2()} if name == "other" else {}
+    changes: dict[str, Any] = {"teacher": gpt2()} if name == "other" else {}
+    if name == "default options":
+        changes["objectives"] = {**objectives(), "attention": SqueezedHeads(calibration_batches=1)}
     run = make(folder / name, mode=mode, processes=processes, changes=changes, **CASES[name])
     # Projectors are drawn from these: they must be those of the first process, or of the checkpoint.
     torch.manual_seed(5 + run.args.process_index + 10 * resume)

@@ -12,12 +12,14 @@ import torch
 import transformers
 from transformers import TrainerState
 
-from squeezeheads import checkpoints, files, run
+from squeezeheads import SqueezeTrainer, TaskLoss, checkpoints, files, run
 from squeezeheads.checkpoints import drop_half_written, drop_older, last_whole_checkpoint
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError, SavingError
 from squeezeheads.files import disk_trouble, read_json, store_json
-from test_trainer import losses, trainer
+from squeezeheads.plan_file import PLAN_FILE
+from test_trainer import arguments, losses, trainer
+from tiny import classifier, images, language_model, token_batch
 
 SAVING = {"max_steps": 6, "save_strategy": "steps", "save_steps": 2}
 
@@ -155,6 +157,181 @@ def test_a_checkpoint_that_lacks_something_is_refused(tmp_path, name):
         trainer(tmp_path, **SAVING).train(resume_from_checkpoint=True)
     with pytest.raises(RuntimeError, match=name):
         trainer(tmp_path, **SAVING).train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+
+
+def test_the_state_of_the_loss_scaler_is_looked_for(tmp_path):
+    """Under fp16, on a GPU: without it a training would begin with another scale and skip other steps."""
+    run = trainer(tmp_path, **SAVING)
+    run.accelerator.scaler = torch.amp.GradScaler("cpu")
+    run.train()
+    again = trainer(tmp_path, **SAVING)
+    again.accelerator.scaler = torch.amp.GradScaler("cpu")
+    again._check_complete(tmp_path / "checkpoint-6")
+    (tmp_path / "checkpoint-6" / "scaler.pt").unlink()
+    with pytest.raises(RuntimeError, match="lacks scaler.pt"):
+        again.train(resume_from_checkpoint=True)
+
+
+def test_another_runs_folder_is_left_alone(tmp_path):
+    """A training that goes on from another's checkpoint: what is half-written there is being written."""
+    trainer(tmp_path / "live", **SAVING).train()
+    checkpoint(tmp_path / "live", 8, None)
+    fork = trainer(tmp_path / "fork", **SAVING)
+    fork.train(resume_from_checkpoint=str(tmp_path / "live" / "checkpoint-4"))
+    assert steps(tmp_path / "live") == [2, 4, 6, 8] and steps(tmp_path / "fork") == [6]
+    relative = trainer(tmp_path / "live", **SAVING)
+    relative.train(resume_from_checkpoint=str(tmp_path / "fork" / ".." / "live" / "checkpoint-6"))
+    assert steps(tmp_path / "live") == [2, 4, 6], "its own, by whatever name"
+
+
+def test_a_fresh_training_among_anothers_checkpoints_is_refused(tmp_path):
+    """Stopped, it would go on from those."""
+    trainer(tmp_path, **SAVING).train()
+    fresh = trainer(tmp_path, **SAVING)
+    with pytest.raises(
+        ValueError,
+        match=r"checkpoints of an earlier training \(checkpoint-6\).*resume_from_checkpoint=True.*output_dir",
+    ):
+        fresh.train()
+    trainer(tmp_path).train()  # saves nothing
+    for path in tmp_path.glob("checkpoint-*"):
+        shutil.rmtree(path)
+    checkpoint(tmp_path, 9, None)  # no training goes on from it
+    fresh.train()
+    assert {2, 4, 6} <= set(steps(tmp_path))
+
+
+@pytest.mark.parametrize("moved", ["alone", "from a training without plans in checkpoints", "without its plan"])
+def test_a_checkpoint_brings_its_plan(tmp_path, moved):
+    """Or a training that goes on elsewhere would decide anew which heads it learns from."""
+    run = trainer(tmp_path / "run", **SAVING)
+    run.train()
+    plan = run.distillation.objectives["attention"].plan
+    source = tmp_path / "run" / "checkpoint-4"
+    assert (source / PLAN_FILE).read_text() == (tmp_path / "run" / PLAN_FILE).read_text()
+    if moved == "alone":
+        source = shutil.move(source, tmp_path / "elsewhere")
+    else:
+        (source / PLAN_FILE).unlink()
+    fork = trainer(tmp_path / "fork", **SAVING)
+    fork._calibration_batches = lambda: pytest.fail("decided anew")
+    if moved == "without its plan":
+        (tmp_path / "run" / PLAN_FILE).unlink()
+        with pytest.raises(RuntimeError, match=f"checkpoint-4 holds no {PLAN_FILE}: which layers and heads"):
+            fork.train(resume_from_checkpoint=str(source))
+        return
+    fork.train(resume_from_checkpoint=str(source))
+    assert fork.distillation.objectives["attention"].plan == plan and losses(fork) == losses(run)
+    assert (tmp_path / "fork" / PLAN_FILE).is_file()
+
+
+def test_the_first_process_looks_for_the_checkpoint_for_all(tmp_path, monkeypatch):
+    """On a shared folder others may see it later."""
+    trainer(tmp_path / "shared", **SAVING).train()
+    sent = []
+    monkeypatch.setattr(checkpoints, "broadcast_object_list", lambda box: sent.append(box[0]))
+    trainer(tmp_path / "shared", **SAVING).resume_point(True)
+    assert sent == [tmp_path / "shared" / "checkpoint-6"]
+    other = trainer(tmp_path / "shared", **SAVING)
+    monkeypatch.setattr(type(other.accelerator), "is_main_process", False)
+
+    def receive(box):
+        assert box == [None], "what this process alone sees is not looked at"
+        box[0] = tmp_path / "shared" / "checkpoint-4"
+
+    monkeypatch.setattr(checkpoints, "broadcast_object_list", receive)
+    assert other.resume_point(True) == str(tmp_path / "shared" / "checkpoint-4")
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from images(20)
+
+
+class Sized(Stream):
+    def __len__(self):
+        return 20
+
+
+LOST = {
+    "train_sampling_strategy='group_by_length'": {"train_sampling_strategy": "group_by_length"},
+    "dispatch_batches=True": {"accelerator_config": {"dispatch_batches": True}},
+    "use_seedable_sampler=False": {"accelerator_config": {"use_seedable_sampler": False}},
+}
+
+
+@pytest.mark.parametrize("option", LOST)
+def test_an_order_of_data_that_cannot_be_found_again_is_refused_on_resume(tmp_path, option):
+    """Three steps an epoch. Within the first, and at the end of each, random numbers are at hand."""
+    whole = learner(tmp_path, tokens(), **LOST[option])
+    whole.train()
+    for step in (1, 2, 3, 6):
+        resumed = learner(tmp_path, tokens(), **LOST[option])
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert task_losses(resumed) == task_losses(whole), step
+    for step in (4, 5):
+        with pytest.raises(RuntimeError, match=f"checkpoint-{step} lies within epoch 2, and under .*{option}.*afresh"):
+            learner(tmp_path, tokens(), **LOST[option]).train(
+                resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}")
+            )
+
+
+@pytest.mark.parametrize(("data", "steps"), [(Stream, (2,)), (Sized, (2, 4))])
+def test_data_without_a_length_are_refused_past_their_first_pass(tmp_path, data, steps):
+    whole = learner(tmp_path, data())
+    whole.train()
+    for step in steps:
+        resumed = learner(tmp_path, data())
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert task_losses(resumed) == task_losses(whole), step
+    if data is Stream:
+        with pytest.raises(RuntimeError, match="data end before step 4, after which .* __len__"):
+            learner(tmp_path, data()).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+
+
+def tokens() -> list[dict]:
+    batch = token_batch([2 + i * i % 11 for i in range(20)], total=12)
+    return [{k: v[i] for k, v in batch.items()} for i in range(20)]
+
+
+def learner(folder: Path, data, **options) -> SqueezeTrainer:
+    """Of 20 samples by the task alone, six steps in batches of 8, a checkpoint after each."""
+    model = language_model(3) if isinstance(data, list) else classifier(3)
+    saving = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    return SqueezeTrainer(
+        model=model, args=arguments(folder, **saving, **options), objectives={"task": TaskLoss()}, train_dataset=data
+    )
+
+
+def task_losses(run: SqueezeTrainer) -> list[float]:
+    return [entry["task"] for entry in run.state.log_history if "task" in entry]
+
+
+@pytest.mark.parametrize("kinds", ["half and single", "two halves"])
+def test_weights_of_several_number_types_resume_as_they_were(tmp_path, kinds):
+    """Not rounded to the type of the first one."""
+
+    def student():
+        model = language_model(3).to(torch.bfloat16)
+        model.lm_head.to(torch.float32 if kinds == "half and single" else torch.float16)
+        model.lm_head.register_forward_pre_hook(lambda module, given: (given[0].to(module.weight.dtype),))
+        return model
+
+    def run():
+        data, options = tokens(), {"max_steps": 2, "save_strategy": "steps", "save_steps": 1}
+        return SqueezeTrainer(
+            model=student(),
+            args=arguments(tmp_path, **options),
+            objectives={"task": TaskLoss()},
+            train_dataset=data,
+        )
+
+    whole = run()
+    whole.train()
+    resumed = run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_checkpoint_that_is_written_over_is_not_whole_until_it_is_done(tmp_path, monkeypatch):

@@ -163,6 +163,14 @@ MISTAKES = {
     "eager teacher": ({"teacher__attn_implementation": "eager"}, 'attn_implementation="sdpa"'),
     "flash student": ({"student__attn_implementation": "flash_attention_2"}, 'attn_implementation="sdpa"'),
     "flash teacher": ({"teacher__attn_implementation": "flash_attention_2"}, 'attn_implementation="sdpa"'),
+    "an order of data that no checkpoint holds": (
+        {"training__arguments": {"train_sampling_strategy": "group_by_length"}},
+        "training.arguments: train_sampling_strategy='group_by_length' cannot be given here: the order of the data",
+    ),
+    "another": (
+        {"training__arguments": {"accelerator_config": {"dispatch_batches": True}}},
+        "training.arguments: accelerator_config: dispatch_batches=True cannot be given here",
+    ),
     "seed by the back door": ({"training__arguments": {"seed": 7}}, "training.arguments: seed cannot be given here"),
     "another output by the back door": (
         {"training__arguments": {"output_dir": "x"}},

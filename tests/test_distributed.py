@@ -28,7 +28,7 @@ from squeezeheads.recording import read_output_weight
 from test_trainer import objectives as attention
 from test_trainer import trainer
 
-QUICK, SLOW = ["plain", "accumulated", "other"], ["in shards", "mixed precision", "checkpointed"]
+QUICK, SLOW = ["plain", "accumulated", "default options", "other"], ["in shards", "mixed precision", "checkpointed"]
 WAYS = ["ddp", "fsdp2"]
 
 
@@ -187,6 +187,34 @@ def test_the_guides_script_runs_as_printed(tmp_path):
     AutoModelForCausalLM.from_pretrained(tmp_path / "runs" / "distributed" / "student")
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_what_is_missing_of_two_processes_checkpoint_is_named(quick, tmp_path, way):
+    """Trainer goes on with new moments, schedules and random numbers without a word, and FSDP's files have names of
+    their own."""
+    checkpoint = tmp_path / "checkpoint-4"
+    shutil.copytree(quick / way / "runs" / "plain" / "checkpoint-4", checkpoint)
+    made = trainer(tmp_path)
+    made.args = SimpleNamespace(world_size=2)
+    made.is_fsdp_enabled = way == "fsdp2"
+    made._check_complete(checkpoint)
+    for processes in (1, 3):
+        made.args.world_size = processes
+        with pytest.raises(RuntimeError, match=r"rng_state(_2)?\.pth.*another number of processes"):
+            made._check_complete(checkpoint)
+    made.args.world_size = 2
+    more = checkpoint / "rng_state_2.pth"
+    more.write_bytes(b"")
+    with pytest.raises(RuntimeError, match="was saved by 3 processes .* this training has 2"):
+        made._check_complete(checkpoint)
+    more.unlink()
+    for name in ("optimizer.bin" if way == "fsdp2" else "optimizer.pt", "scheduler.pt", "rng_state_1.pth"):
+        held = (checkpoint / name).read_bytes()
+        (checkpoint / name).unlink()
+        with pytest.raises(RuntimeError, match=f"checkpoint-4 lacks {name}: .* from_pretrained"):
+            made._check_complete(checkpoint)
+        (checkpoint / name).write_bytes(held)
+
+
 # -- without processes -----------------------------------------------------------------------------------------------
 
 
@@ -258,8 +286,12 @@ def test_what_cannot_work_is_refused(monkeypatch):
         assert "would be ignored" in told()
     assert "Use version 2" in told(plugin=SimpleNamespace(fsdp_version=1))
     assert "even_batches=False" in told(even_batches=False)
+    for size in ("tp_size", "cp_size", "sp_size"):
+        assert f"{size}=2 cuts heads or tokens" in told(parallelism_config=SimpleNamespace(**{size: 2}))
     with pytest.raises(pytest.fail.Exception):
         told(even_batches=False, drop_last=True)  # nothing to say
+    with pytest.raises(pytest.fail.Exception):
+        told(parallelism_config=SimpleNamespace(tp_size=1, cp_size=None, dp_shard_size=2))
     with pytest.raises(pytest.fail.Exception):
         told(plugin=SimpleNamespace(fsdp_version=2), asked={"fsdp_version": 2})
 
@@ -310,7 +342,7 @@ def test_the_first_process_reads_the_plan_for_all(tmp_path, monkeypatch):
     plan = made.distillation.objectives["attention"].plan_to_json()
     sent = []
     monkeypatch.setattr(plan_file, "broadcast_object_list", lambda box: sent.append(box[0]))
-    assert take_up_plans({"attention": attention()["attention"]}, str(tmp_path))
+    assert take_up_plans({"attention": attention()["attention"]}, [tmp_path])
 
     def receive(box):
         assert box == [None], "a file that this process alone sees is not looked at"
@@ -320,4 +352,4 @@ def test_the_first_process_reads_the_plan_for_all(tmp_path, monkeypatch):
     monkeypatch.setattr(plan_file, "PartialState", lambda: SimpleNamespace(is_main_process=False))
     for folder in (tmp_path / "elsewhere", tmp_path):
         other = attention()["attention"]
-        assert take_up_plans({"attention": other}, str(folder)) and other.plan_to_json() == plan
+        assert take_up_plans({"attention": other}, [folder]) and other.plan_to_json() == plan

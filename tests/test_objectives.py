@@ -31,6 +31,7 @@ from squeezeheads import (
     record_attention,
     squeezed_attention_loss,
 )
+from squeezeheads import distillation as distillation_module
 from squeezeheads.batches import next_token_targets
 from squeezeheads.objectives import OBJECTIVES, squeeze_plan
 from tiny import classifier, deit_student, image_batch, language_model, token_batch
@@ -350,18 +351,46 @@ def test_uniform_layers(student, teacher, expected):
 def test_an_objective_calibrates_on_as_many_batches_as_it_asks_for(monkeypatch):
     """Whatever others ask for: its plan must not depend on the company it keeps."""
     used = []
-    original = squeeze_plan.calibrate_groups
+    original = squeeze_plan.GroupSearch.look_at
     monkeypatch.setattr(
-        squeeze_plan, "calibrate_groups", lambda r, *a, **k: used.append(len(r)) or original(r, *a, **k)
+        squeeze_plan.GroupSearch,
+        "look_at",
+        lambda s, record, rows: used.append(record.query.sum()) or original(s, record, rows),
     )
     batches = [token_batch([9, 7, 8], total=9, seed=seed) for seed in range(8)]
     teacher, student = language_model(6, layers=4, width=36, seed=1), language_model(3)
-    plans = []
+    plans, looked_at = [], []
     for others in ({}, {"whitened": OrthogonalProjection(normalisation="whiten", calibration_batches=8)}):
+        used.clear()
         heads = SqueezedHeads(calibration_batches=2)
         Distillation(teacher, {"heads": heads, **others}, targets=next_token_targets).prepare(student, batches)
         plans.append(heads.plan)
-    assert used == [2] * 4 and plans[0] == plans[1]
+        looked_at.append(len({float(x) for x in used}))
+    assert looked_at == [2 * 2] * 2 and plans[0] == plans[1], "two batches, two layers"
+
+
+@pytest.mark.parametrize("room", [0, 100_000, None], ids=["nothing is kept", "the second is kept", "all is kept"])
+def test_calibration_keeps_no_more_than_fits_and_finds_the_same(monkeypatch, room):
+    """What is not kept is made anew for each round: memory does not grow with the batches."""
+    teacher, student = language_model(6, layers=4, width=36, seed=1), language_model(2)
+    batches = [token_batch([9, 7, 8], total=9, seed=seed) for seed in range(4)]
+    taught = []
+    with torch.no_grad():
+        for batch in batches:
+            with record_attention(teacher.eval()) as recorded:
+                teacher(**batch)
+            taught.append([recorded[1], recorded[3]])  # the teacher layers of two student layers
+    expected = calibrate_groups(taught, 2, rows=[b["attention_mask"] for b in batches])
+    if room is not None:
+        monkeypatch.setattr(distillation_module, "KEPT_BYTES", room)
+    passes = []
+    teacher.register_forward_pre_hook(lambda *_: passes.append(1))
+    objectives = {"heads": SqueezedHeads(), "whitened": OrthogonalProjection(normalisation="whiten")}
+    Distillation(teacher, objectives, targets=next_token_targets).prepare(student, batches)
+    assert tuple(layer.groups for layer in objectives["heads"].plan) == expected
+    # 6 heads become 2 in four rounds; statistics are taken of one pair of layers.
+    again = {0: 3 * 4 + 3, 100_000: 2 * 4 + 2, None: 0}[room]
+    assert len(passes) == (4 if room is None else 1 + again + (room > 0))
 
 
 @pytest.mark.parametrize("labels", [True, False])

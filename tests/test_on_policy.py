@@ -394,6 +394,29 @@ def test_resumed_run_takes_up_its_plan(tmp_path):
         other.train(resume_from_checkpoint=True)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_resumed_in_a_later_epoch_it_learns_from_the_same_prompts(tmp_path, accumulated):
+    """12 prompts in batches of 4: three steps an epoch, or one of two batches. Nothing is trained after the last."""
+    options = {"max_steps": 5, "save_strategy": "steps", "save_steps": 1, "gradient_accumulation_steps": accumulated}
+    whole = trainer(tmp_path, {"attention": shd()}, **options)
+    whole.train()
+    for step in (4, 5):
+        resumed = trainer(tmp_path, {"attention": shd()}, **options)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert resumed.state.global_step == 5
+        assert values(resumed, "loss", "attention") == values(whole, "loss", "attention")
+        for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_a_checkpoint_of_another_student_is_refused(tmp_path):
+    saving = {"max_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    trainer(tmp_path, {"attention": shd()}, **saving).train()
+    larger = trainer(tmp_path, {"attention": shd()}, model=student(layers=3), **saving)
+    with pytest.raises(RuntimeError, match="does not fit LlamaForCausalLM.*missing"):
+        larger.train(resume_from_checkpoint=True)
+
+
 # -------------------------------------------------------------------------------------------------------------- refused
 
 

@@ -523,8 +523,8 @@ def test_recorded_models_equal_the_definition(name):
 def test_one_plan_serves_squeezed_heads_and_relations(monkeypatch):
     teacher, student, batch = classifier(6, seed=1), classifier(3), image_batch(2)
     calls = []
-    original = squeeze_plan.calibrate_groups
-    monkeypatch.setattr(squeeze_plan, "calibrate_groups", lambda *a, **k: calls.append(1) or original(*a, **k))
+    original = squeeze_plan.GroupSearch
+    monkeypatch.setattr(squeeze_plan, "GroupSearch", lambda *a: calls.append(1) or original(*a))
     heads, relations = SqueezedHeads(), SqueezedRelations()
     objectives = {"heads": heads, "relations": relations, "minilm": MiniLMRelations(layers="uniform")}
     Distillation(teacher, objectives).prepare(student, [batch])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from squeezeheads import LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
+from squeezeheads import trainer as trainer_module
 from tiny import check_plain_checkpoint, classifier, images, language_model, token_batch
 
 
@@ -262,6 +265,51 @@ def test_calibration_uses_training_batches_and_no_generator_of_python_or_numpy(t
     batches = run._calibration_batches()
     assert [len(b["labels"]) for b in batches] == [8, 8]
     assert (random.random(), np.random.rand()) == expected
+
+
+def test_the_plan_is_the_same_however_a_batch_is_cut(tmp_path):
+    """Or a run on other hardware would teach other heads."""
+    batch = token_batch([9, 2, 5, 7] * 8, total=9)
+    data = [{k: v[i] for k, v in batch.items()} for i in range(32)]
+    plans = []
+    for size, steps in ((8, 1), (4, 2), (2, 4), (3, 1)):
+        run = SqueezeTrainer(
+            model=language_model(3, initializer_range=0.3),
+            teacher=language_model(6, layers=4, width=36, seed=1, initializer_range=0.3),
+            args=arguments(tmp_path, per_device_train_batch_size=size, gradient_accumulation_steps=steps),
+            objectives={"attention": SqueezedHeads(calibration_batches=1)},
+            train_dataset=data,
+        )
+        run.prepare()
+        plans.append(run.distillation.objectives["attention"].plan)
+    assert plans[0] == plans[1] == plans[2] != plans[3], "the last is of other samples: plans do depend on them"
+
+
+@pytest.mark.parametrize("kind", ["list", "iterable", "datasets"])
+def test_calibration_takes_the_first_batches_of_all_processes(tmp_path, monkeypatch, kind):
+    """Whole in each of them, in parts of its own batch size, and no more than serve."""
+    samples: Any = images(40)
+    if kind == "iterable":
+
+        class Stream(torch.utils.data.IterableDataset):
+            def __iter__(self):
+                yield from images(40)
+
+        samples = Stream()
+    elif kind == "datasets":
+        samples = Dataset.from_list([{**s, "pixel_values": s["pixel_values"].tolist()} for s in samples])
+        samples = samples.add_column("unused", ["x"] * 40).with_format("torch")
+    run = SqueezeTrainer(
+        model=classifier(3),
+        teacher=classifier(6, seed=1),
+        args=arguments(tmp_path, per_device_train_batch_size=2, gradient_accumulation_steps=3),
+        objectives={"attention": SqueezedHeads(calibration_batches=2)},
+        train_dataset=samples,
+    )
+    monkeypatch.setattr(type(run.accelerator), "num_processes", 2)
+    assert [len(b["labels"]) for b in run._calibration_batches()] == [2] * 12
+    monkeypatch.setattr(trainer_module, "MOST_CALIBRATION_SAMPLES", 7)
+    assert sum(len(b["labels"]) for b in run._calibration_batches()) in (7, 8)
 
 
 def test_checkpoint_is_plain_and_without_teacher(tmp_path):

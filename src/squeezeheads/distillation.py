@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from squeezeheads.batches import (
     ONLY,
@@ -109,7 +111,7 @@ class Distillation:
         """How many batches ``prepare`` can make use of."""
         return max(objective.batches_to_prepare for objective in self.objectives.values())
 
-    def prepare(self, student: nn.Module, batches: Sequence[Inputs]) -> None:
+    def prepare(self, student: nn.Module, batches: Sequence[Inputs], parts: int = 1) -> None:
         """Run all models once without gradients, check that they fit, and let objectives decide what to record.
 
         Call it before training: every mismatch shows here. Without it the first batch serves. Objectives with the same
@@ -118,6 +120,8 @@ class Distillation:
         Args:
             student: the model to be trained.
             batches: calibration batches, on the models' device; the first is used for checks, all for calibration.
+            parts: how many of ``batches`` make up one of those that objectives ask for (``calibration_batches``): the
+                parts of a step's batch under gradient accumulation, for example.
 
         Raises:
             ValueError, RecordingError: models that cannot be compared or recorded; labels predicted from padding.
@@ -136,47 +140,44 @@ class Distillation:
             attends = any("attention" in o.needs for o in unprepared.values())
             with _recording(student, None if attends else []) as learned:
                 outputs = student(**_without_labels(batches[0]), **_asking_for(hidden))
-        observed: dict[str, list[Evidence]] = {}
+        observed: dict[str, _Observed] = {}
         for name, objective in unprepared.items():
             (source,) = self._sources[name]  # what needs no preparation may have several
             if source not in observed:
                 mine = [o for n, o in unprepared.items() if self._sources[n] == [source]]
-                observed[source] = self._observe(source, mine, batches)
-                observed[source][0] = replace(
-                    observed[source][0],
+                first = replace(
+                    self._observe(source, mine, batches[0], True),
                     student=outputs,
                     learned=dict(enumerate(learned)),
                     student_layout=known_layout(student),
                     teacher_layout=known_layout(self.teachers[source]),
                 )
+                observed[source] = _Observed(batches, partial(self._observe, source, mine), first)
             twin = self._twin(name)
             if twin is not None:
                 objective.plan_from_json(twin.plan_to_json())
                 objective.check(observed[source][0])
             else:
-                objective.prepare(observed[source][: objective.batches_to_prepare])
+                objective.prepare(observed[source][: objective.batches_to_prepare * parts])
 
-    def _observe(self, source: str, objectives: Sequence[Objective], batches: Sequence[Inputs]) -> list[Evidence]:
-        """A teacher's forward passes on calibration batches, with all that the objectives need."""
+    def _observe(self, source: str, objectives: Sequence[Objective], batch: Inputs, first: bool = False) -> Evidence:
+        """A teacher's forward pass on a calibration batch, with all that the objectives need."""
         teacher = self.teachers[source]
-        hidden = any("hidden_states" in o.needs for o in objectives)
-        attends = any("attention" in o.needs for o in objectives)
-        observed = []
-        with torch.no_grad(), evaluating(teacher):
-            for batch in batches[: max(o.batches_to_prepare for o in objectives)]:
-                with _recording(teacher, None if attends else []) as taught:
-                    outputs = teacher(**_without_labels(batch), **_asking_for(hidden), **_no_cache(teacher))
-                observed.append(
-                    Evidence(
-                        batch,
-                        student=None,
-                        teacher=outputs,
-                        taught=dict(enumerate(taught)),
-                        rows=self.rows(batch),
-                        targets=self._targets(batch),
-                    )  # fmt: skip
-                )
-        return observed
+        needs: set[str] = set().union(*(o.needs for o in objectives))
+        with (
+            torch.no_grad(),
+            evaluating(teacher),
+            _recording(teacher, None if "attention" in needs else []) as taught,
+        ):
+            outputs = teacher(**_without_labels(batch), **_asking_for("hidden_states" in needs), **_no_cache(teacher))
+        return Evidence(
+            batch,
+            student=None,
+            teacher=outputs if first or needs != {"attention"} else None,  # logits may be larger than all maps' parts
+            taught=dict(enumerate(taught)),
+            rows=self.rows(batch),
+            targets=self._targets(batch),
+        )
 
     def _twin(self, name: str) -> Objective | None:
         """A prepared objective that decided by the same options for the same teacher."""
@@ -283,6 +284,49 @@ class Distillation:
         if not self.loss_takes_count or evidence.targets is None or "labels" not in evidence.inputs:
             return {}
         return {"num_items_in_batch": evidence.targets.sum().clamp_min(1)}
+
+
+KEPT_BYTES = 2**30
+"""Of calibration batches' evidence that are kept; what comes after them is made each time that it is looked at."""
+
+
+class _Observed(Sequence[Evidence]):
+    """A teacher's evidence on calibration batches.
+
+    Args:
+        batches: what it is run on.
+        observe: a batch → its evidence.
+        first: the evidence of the first, which has the student's too.
+    """
+
+    def __init__(self, batches: Sequence[Inputs], observe: Callable[[Inputs], Evidence], first: Evidence) -> None:
+        self._batches, self._observe = batches, observe
+        self._made = {0: first}
+        self._sizes: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            part = _Observed(self._batches[index], self._observe, self._made[0])
+            part._made, part._sizes = self._made, self._sizes  # slices begin at the first
+            return part
+        if index in self._made:
+            return self._made[index]
+        evidence = self._observe(self._batches[index])
+        size = _bytes(evidence)
+        if sum(self._sizes) + size <= KEPT_BYTES:
+            self._made[index] = evidence
+            self._sizes.append(size)
+        return evidence
+
+
+def _bytes(evidence: Evidence) -> int:
+    """Of memory that a teacher's forward pass left: layers may share some."""
+    held = [getattr(r, part) for r in evidence.taught.values() for part in ("query", "key", "value", "attention_mask")]
+    memory = [t.untyped_storage() for t in (*held, *tree_leaves(evidence.teacher)) if isinstance(t, Tensor)]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in memory}.values())
 
 
 def named_teachers(teacher: nn.Module | Mapping[str, nn.Module] | None) -> dict[str, nn.Module]:

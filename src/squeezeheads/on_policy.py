@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from torch.utils.data import Sampler
 from transformers import ProcessorMixin
 from trl import DistillationTrainer
 
 from squeezeheads.checkpoints import WholeCheckpoints
 from squeezeheads.logged import check_names
 from squeezeheads.objectives import Evidence, Objective
-from squeezeheads.plan_file import share_plans, take_up_plans
+from squeezeheads.plan_file import no_plan, share_plans, store_plans, take_up_plans
 from squeezeheads.recording import record_attention
 
 # Attention that never calls scaled_dot_product_attention. Names that are not known are left to the recording.
@@ -46,8 +48,8 @@ class SqueezeDistillationTrainer(WholeCheckpoints, DistillationTrainer):
 
     Each objective is logged under its own name, in its own unit, as the mean over all rows since the last log; ``loss``
     is the total. Objectives that are not prepared yet are prepared on the first training batch, the student's first
-    samples, for which all layers are recorded. What was decided is kept in ``args.output_dir/squeeze_plan.json`` and
-    taken up again on resume. Evaluation is TRL's own.
+    samples, for which all layers are recorded. What was decided is kept in ``squeeze_plan.json``, in the output folder
+    and in each checkpoint, and taken up again on resume. Evaluation is TRL's own.
 
     Args:
         model: the student, as for TRL.
@@ -97,13 +99,31 @@ class SqueezeDistillationTrainer(WholeCheckpoints, DistillationTrainer):
         self.objectives = dict(objectives)
         self._sums: dict[str, Tensor] = {}
         self._rows_seen: Tensor | float = 0.0
+        # What this training decides, or the one that it goes on from.
+        self._planned: dict[str, Objective] = {}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """As ``Trainer.train``; a resumed run takes up its stored plan."""
         resume_from_checkpoint = self.resume_point(resume_from_checkpoint)
-        if resume_from_checkpoint and self._unprepared():
-            take_up_plans(self._unprepared(), self.args.output_dir)
+        self._planned = self._unprepared()
+        if resume_from_checkpoint and self._planned:
+            if not take_up_plans(self._planned, self.plan_folders):
+                raise no_plan(resume_from_checkpoint)
+            if self.args.should_save:
+                store_plans(self._planned, Path(str(self.args.output_dir)))
         return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _write_beside(self, checkpoint: Path) -> None:
+        if self.args.should_save:
+            store_plans(self._planned, checkpoint)
+
+    def _get_train_sampler(self, dataset: Any = None) -> Sampler[int]:
+        """TRL's, whose order in each epoch is the one that it would have had without a resume."""
+        sampler = super()._get_train_sampler(dataset)
+        return _EpochOrder(sampler, lambda: int(self.state.epoch or 0)) if sampler.shuffle else sampler
+
+    def _lost_order(self) -> None:
+        """None: TRL's sampler draws by a generator of its own."""
 
     def compute_loss(
         self,
@@ -180,6 +200,29 @@ class SqueezeDistillationTrainer(WholeCheckpoints, DistillationTrainer):
 
     def _unprepared(self) -> dict[str, Objective]:
         return {name: objective for name, objective in self.objectives.items() if not objective.prepared}
+
+
+class _EpochOrder(Sampler[int]):
+    """TRL's ``RepeatSampler`` (1.16) with an order that the number of the epoch decides: its own generator goes on from
+    epoch to epoch, and a resumed training would begin with it anew.
+
+    Args:
+        sampler: as it is at the beginning of a training.
+        epoch: the number of the epoch that begins.
+    """
+
+    def __init__(self, sampler: Any, epoch: Callable[[], int]) -> None:
+        self._sampler, self._epoch = sampler, epoch
+        self._start = sampler.generator.get_state()
+
+    def __len__(self) -> int:
+        return len(self._sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        self._sampler.generator.set_state(self._start)
+        for _ in range(self._epoch()):
+            torch.randperm(self._sampler.num_samples, generator=self._sampler.generator)
+        return iter(self._sampler)
 
 
 def _check_objectives(objectives: Mapping[str, Objective]) -> None:

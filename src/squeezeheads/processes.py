@@ -38,6 +38,14 @@ def check_distribution(args: TrainingArguments, accelerator: Accelerator) -> Non
             f"fsdp_config: version {plugin.fsdp_version} flattens the weights of a layer into one, so that its output "
             "projection cannot be read. Use version 2."
         )
+    parallel = getattr(accelerator, "parallelism_config", None)
+    sizes = {name: getattr(parallel, name, None) or 1 for name in ("tp_size", "cp_size", "sp_size")}
+    cut = [f"{name}={size}" for name, size in sizes.items() if size > 1]
+    if cut:
+        raise ValueError(
+            f"parallelism_config: {', '.join(cut)} cuts heads or tokens apart among processes, and attention is "
+            "compared of whole heads over whole sequences. Leave it out: use DDP or FSDP2, which keep them whole."
+        )
     even = accelerator.even_batches or args.dataloader_drop_last
     if accelerator.num_processes > 1 and not even:
         raise ValueError(

@@ -54,8 +54,8 @@ def slices(length: int, step: int) -> Iterator[slice]:
 def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     """``left @ right`` of (b, h, r, m) and (b, h, m, n) into ``out`` (b, h, r, n). No gradient.
 
-    A batch of one matrix is given to the product of matrices: torch's batched one is up to a quarter slower there (a CPU,
-    128 rows of 2,048 keys).
+    A batch of one matrix is given to the product of matrices: torch's batched one is up to a quarter slower there (on a
+    CPU, 128 rows of 2,048 keys).
     """
     if left.shape[0] == left.shape[1] == right.shape[0] == right.shape[1] == 1:
         torch.mm(left[0, 0], right[0, 0], out=out[0, 0])

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import is_peft_model
 from torch import Tensor, nn
-from torch.utils.data import Subset
-from transformers import PreTrainedModel, TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import DataLoader, Subset
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from squeezeheads.adapters import AdaptersOff, load_adapters, shared_trained_weights
+from squeezeheads.adapters import AdaptersOff, shared_trained_weights
 from squeezeheads.batches import (
     Inputs,
     labelled_targets,
@@ -28,7 +29,7 @@ from squeezeheads.checkpoints import WholeCheckpoints
 from squeezeheads.distillation import Distillation, named_teachers
 from squeezeheads.logged import check_names
 from squeezeheads.objectives import Objective
-from squeezeheads.plan_file import share_plans, take_up_plans
+from squeezeheads.plan_file import no_plan, share_plans, store_plans, take_up_plans
 from squeezeheads.processes import (
     COPIES,
     check_distribution,
@@ -46,6 +47,9 @@ from squeezeheads.projector_files import (
     trained_parameters,
 )
 
+MOST_CALIBRATION_SAMPLES = 1024
+"""More say nothing new of which heads are alike, and the batches of large trainings would take minutes."""
+
 
 class SqueezeTrainer(WholeCheckpoints):
     """``transformers.Trainer`` whose training loss is a ``squeezeheads.Distillation``.
@@ -60,10 +64,10 @@ class SqueezeTrainer(WholeCheckpoints):
     Each objective is logged under its own name, in its own unit, as the mean over all items since the last log. Means
     are taken over the items of the whole batch: gradient accumulation, uneven batches and several processes change
     nothing. Before the first step both models are run on calibration batches from the training data and checked against
-    each other; what was decided is kept in ``args.output_dir/squeeze_plan.json`` and taken up again on resume.
-    Evaluation is that of the student alone. No teacher is in a checkpoint. Projectors that objectives train are
-    optimised with the student (at its learning rate, without weight decay or clipping) and kept in a checkpoint beside
-    it, in ``projectors.safetensors``; the saved student is without them.
+    each other; what was decided is kept in ``squeeze_plan.json``, in the output folder and in each checkpoint, and
+    taken up again on resume. Evaluation is that of the student alone. No teacher is in a checkpoint. Projectors that
+    objectives train are optimised with the student (at its learning rate, without weight decay or clipping) and kept in
+    a checkpoint beside it, in ``projectors.safetensors``; the saved student is without them.
 
     In several processes each sees its share of a batch, and the loss is that of one process on the whole of it; samples
     that accelerate fills a last batch up with count nothing. Under FSDP2 teachers are frozen and sharded as the student
@@ -140,7 +144,6 @@ class SqueezeTrainer(WholeCheckpoints):
         # Of each pass.
         self._batch_counts: list[dict[str, Tensor]] | None = None
         self._projectors_placed = False
-        self._resuming = False
         self._reach_checked = self.accelerator.num_processes == 1
         self.add_callback(_ForgetGradients(self._projectors))
         if hasattr(self.train_dataset, "set_epoch"):
@@ -176,9 +179,8 @@ class SqueezeTrainer(WholeCheckpoints):
             SavingError: a checkpoint that could not be written, on a full disk for example.
         """
         resume_from_checkpoint = self.resume_point(resume_from_checkpoint)
-        self._resuming = bool(resume_from_checkpoint)
         if not self._runs_late:
-            self.prepare(resume=self._resuming)
+            self.prepare(resume=self._resumed_from is not None)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def prepare(self, resume: bool = False) -> None:
@@ -190,11 +192,16 @@ class SqueezeTrainer(WholeCheckpoints):
         if self.distillation.prepared and self._projectors_placed:
             return
         if not self.distillation.prepared:
-            planned = {name: o for name, o in self.distillation.objectives.items() if o.plan_options}
-            if not (resume and take_up_plans(planned, self.args.output_dir)):
+            planned = self._planned()
+            if resume and take_up_plans(planned, self.plan_folders):
+                if self.args.should_save:
+                    store_plans(planned, Path(str(self.args.output_dir)))  # which need not be where they were found
+            else:
+                if self._resumed_from is not None and planned:
+                    raise no_plan(self._resumed_from)
                 if self.is_fsdp_enabled and not self.is_in_train:
                     self.model.to(self.args.device)  # Trainer leaves it where it is, for it to be sharded
-                self.distillation.prepare(self.model, self._calibration_batches())
+                self.distillation.prepare(self.model, self._calibration_batches(), self._parts)
                 share_plans(planned, self.args.output_dir, self.args.should_save)
         for name, objective in self.distillation.objectives.items():
             if objective.projector is not None:
@@ -214,7 +221,7 @@ class SqueezeTrainer(WholeCheckpoints):
         made: Trainer has sharded the student and its optimizer by now, and accelerate (1.15) shards no optimizer that
         holds more."""
         if self._runs_late:
-            self.prepare(resume=self._resuming)
+            self.prepare(resume=self._resumed_from is not None)
             self._add_projectors(self.optimizer if optimizer is None else optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
 
@@ -237,9 +244,15 @@ class SqueezeTrainer(WholeCheckpoints):
             if objective.projector is not None
         }
 
+    def _planned(self) -> dict[str, Objective]:
+        """The objectives that decide something before training, by name."""
+        return {name: o for name, o in self.distillation.objectives.items() if o.plan_options}
+
     def _write_beside(self, checkpoint: Path) -> None:
-        projectors = self._projectors()
-        if projectors and self.args.should_save:
+        if not self.args.should_save:
+            return
+        store_plans(self._planned(), checkpoint)
+        if projectors := self._projectors():
             store_projectors(projectors, checkpoint)
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -321,58 +334,14 @@ class SqueezeTrainer(WholeCheckpoints):
         super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        """Reads weights as ``from_pretrained`` does. Trainer (5.23) hands a checkpoint's weights to ``load_state_dict``
-        without transformers' renaming: for ViT, DeiT, DINOv2 and their kin no name fits, and it would go on from random
-        weights with no more than a warning."""
-        if not self._load_renamed(resume_from_checkpoint, self.model if model is None else model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
         if projectors := self._projectors():
             load_projectors(projectors, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        if not self._load_renamed(str(self.state.best_model_checkpoint), self.model):
-            super()._load_best_model()
-
-    def _load_renamed(self, checkpoint: str, model: nn.Module) -> bool:
-        """Load a plain checkpoint of a transformers model, or its adapters; ``False`` where it is another kind
-        (FSDP …)."""
-        bare = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        if is_peft_model(bare) and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
-            load_adapters(bare, checkpoint)
-            return True
-        if not isinstance(bare, PreTrainedModel) or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return False
-        saved, found = type(bare).from_pretrained(
-            checkpoint, config=bare.config, dtype=bare.dtype, use_safetensors=True, output_loading_info=True
-        )
-        amiss = {kind: list(keys)[:3] for kind, keys in found.items() if keys}
-        if amiss:
-            raise RuntimeError(
-                f"{checkpoint} does not fit {type(bare).__name__}: {amiss} …. Going on would train from other weights "
-                "than were saved."
-            )
-        bare.load_state_dict(saved.state_dict())
-        return True
-
-    def _issue_warnings_after_load(self, load_result: Any) -> None:
-        ignored = set(getattr(self.model, "_keys_to_ignore_on_save", None) or ())
-        if set(load_result.missing_keys) - ignored or load_result.unexpected_keys:
-            raise RuntimeError(
-                f"the checkpoint does not fit {type(self.model).__name__}: missing {load_result.missing_keys[:3]} …, "
-                f"unexpected {load_result.unexpected_keys[:3]} …. Going on would train from other weights than were "
-                "saved."
-            )
-        super()._issue_warnings_after_load(load_result)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> Any:
         """As ``Trainer.get_batch_samples``; counts each objective's items in the whole batch, over accumulation steps
         and processes. Only the training loop calls this, and it does so before the student is back in training mode
-        after an evaluation.
-
-        No batch once all steps are done: Trainer (5.23) would take one more step where it resumes from the checkpoint
-        of the last."""
-        if self.is_in_train and self.state.global_step >= self.state.max_steps:
-            return [], None
+        after an evaluation."""
         samples, items = super().get_batch_samples(epoch_iterator, num_batches, device)
         if samples:
             samples[-1] = own_samples(self.accelerator, samples[-1])
@@ -389,28 +358,39 @@ class SqueezeTrainer(WholeCheckpoints):
         real = 0.0 if COPIES in batch else 1.0
         return [{n: c * real for n, c in self.distillation.count(part).items()} for part in self.passes(own)]
 
+    @property
+    def _parts(self) -> int:
+        """Of a step's batch."""
+        return self.args.gradient_accumulation_steps * self.accelerator.num_processes
+
     def _calibration_batches(self) -> list[dict[str, Any]]:
-        """A few batches of training data, the same for every start with this seed, drawing on no global generator."""
+        """The samples of a few steps' batches, in parts that a model is run on: the same samples in every process,
+        however a step's batch is divided into accumulated parts and processes, and for every start with this seed.
+        Drawing on no global generator."""
         data, wanted = self.train_dataset, self.distillation.calibration_batches
         if data is None:
             raise ValueError(
                 "train_dataset is None: the attention objective needs training data to check the models on."
             )
+        part = self._train_batch_size
+        if self.accelerator.split_batches:  # a batch is that of all processes
+            part = max(part // self.accelerator.num_processes, 1)
+        count = min(wanted * self._parts * part, MOST_CALIBRATION_SAMPLES)
+        columns = {"description": "Calibration"}
+        if isinstance(data, datasets.Dataset):
+            data, collate = self._remove_unused_columns(data, **columns), self.data_collator
+        else:
+            collate = self._get_collator_with_removed_columns(self.data_collator, **columns)
         if hasattr(data, "__len__"):
             generator = torch.Generator().manual_seed(self.args.seed)
-            size = min(len(data), wanted * self.args.per_device_train_batch_size * self.accelerator.num_processes)
-            chosen = torch.randperm(len(data), generator=generator)[:size].tolist()
+            chosen = torch.randperm(len(data), generator=generator)[:count].tolist()
             data = data.select(chosen) if hasattr(data, "select") else Subset(data, chosen)
         batches = []
         python, numpy_state = random.getstate(), np.random.get_state()  # augmentation may draw on these
         with torch.random.fork_rng():
-            loader = self._get_dataloader(
-                data, "Calibration", batch_size=self._train_batch_size, sampler_fn=self._get_eval_sampler
-            )
-            for batch in loader:
+            # Not one that accelerate divides among the processes.
+            for batch in islice(DataLoader(data, part, collate_fn=collate), -(-count // part)):
                 batches.append(dict(self.passes(self._prepare_inputs(batch))[0]))
-                if len(batches) == wanted:
-                    break
         random.setstate(python)
         np.random.set_state(numpy_state)
         return batches

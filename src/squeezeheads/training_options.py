@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from transformers import TrainingArguments
 
+from squeezeheads.checkpoints import lost_order
 from squeezeheads.errors import RecipeError, similar
 from squeezeheads.recipe import Recipe, TrainingSpec
 from squeezeheads.recipe_models import TEACHER_SEED
@@ -116,6 +117,12 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
         device, gpus, processes = args.device, args.n_gpu, args.world_size
     except (ValueError, TypeError, ImportError) as error:
         raise RecipeError(f"{key}: transformers refuses these options: {error}") from error
+    lost = lost_order(args)
+    if lost is not None:
+        raise RecipeError(
+            f"{key}.arguments: {lost} cannot be given here: the order of the data comes of random numbers that are in "
+            "no checkpoint, so a stopped run would see other data. Leave it out."
+        )
     if processes > 1:
         raise RecipeError(
             f"{processes} processes were launched and a run is one: start it without torchrun or accelerate launch. To "

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
+from torch import Tensor
+
+from squeezeheads.attention import AttentionRecord
 from squeezeheads.objectives.base import Evidence
 from squeezeheads.objectives.layer_plan import LayerPair, PairedObjective
 from squeezeheads.pairing import pair_layers
-from squeezeheads.squeezing import HeadGroups, calibrate_groups, group_heads, mixing_matrix
+from squeezeheads.squeezing import GroupSearch, HeadGroups, group_heads, mixing_matrix
 from squeezeheads.token_layout import SharedTokens
 
 
@@ -32,7 +35,7 @@ class SqueezedObjective(PairedObjective):
     """How the heads of a group are weighed: closed-form α in rounds; best convex weights; from values alone; equal;
     the best single head."""
     calibration_batches: int = 4
-    """Batches on which "similar" groups are found."""
+    """Batches on which "similar" groups are found: those of whole steps, with all their accumulated parts."""
     plan: tuple[LayerPlan, ...] = field(default=(), init=False, repr=False)
 
     unit: ClassVar[str] = "nats per row and head"
@@ -44,25 +47,45 @@ class SqueezedObjective(PairedObjective):
 
     def prepare(self, batches: Sequence[Evidence]) -> None:
         """Pair layers and group heads."""
-        learned, taught = batches[0].learned, batches[0].taught
+        first = batches[0]
         plan = []
-        for s, t in pair_layers(len(learned), len(taught), self.layers):
-            student, teacher = learned[s], taught[t]
-            tokens = self.shared_tokens(student, teacher, batches[0])
+        for s, t in pair_layers(len(first.learned), len(first.taught), self.layers):
+            student, teacher = first.learned[s], first.taught[t]
+            tokens = self.shared_tokens(student, teacher, first)
             if tokens is None:
                 self.check_pair(student, teacher)
-            rows = [batch.rows if tokens is None else tokens.rows(batch.rows) for batch in batches]
-            recorded = [batch.taught[t] if tokens is None else tokens.taught(batch.taught[t]) for batch in batches]
-            if self.schedule == "similar":
-                (groups,) = calibrate_groups(
-                    [[record] for record in recorded], student.num_heads, weights=self.weights, rows=rows
-                )
-            else:
+            groups: HeadGroups = ()
+            if self.schedule != "similar":
                 groups = group_heads(teacher.num_heads, student.num_heads, self.schedule)
-            # Fails now rather than in the first step where values or projections are not known.
-            mixing_matrix(recorded[0], groups, weights=self.weights, rows=rows[0])
             plan.append(LayerPlan(student.name, teacher.name, s, t, groups, tokens=tokens))
+        if self.schedule == "similar":
+            plan = self._grouped(plan, batches)
+        for layer in plan:
+            # Fails now rather than in the first step where values or projections are not known.
+            teacher, rows = _compared(layer, first)
+            mixing_matrix(teacher, layer.groups, weights=self.weights, rows=rows)
         self.plan = tuple(plan)
+
+    def _grouped(self, plan: Sequence[LayerPlan], batches: Sequence[Evidence]) -> list[LayerPlan]:
+        """With ``similar`` groups. All layers search at once, so that each round goes through the batches once: they
+        may be made anew each time that they are looked at."""
+        first = batches[0]
+        searches = [
+            GroupSearch(
+                first.taught[layer.teacher_position].num_heads,
+                first.learned[layer.student_position].num_heads,
+                self.weights,
+            )
+            for layer in plan
+        ]
+        while not all(search.done for search in searches):
+            searching = [(layer, search) for layer, search in zip(plan, searches, strict=True) if not search.done]
+            for batch in batches:
+                for layer, search in searching:
+                    search.look_at(*_compared(layer, batch))
+            for _, search in searching:
+                search.merge()
+        return [replace(layer, groups=search.groups) for layer, search in zip(plan, searches, strict=True)]
 
     @property
     def plan_options(self) -> dict[str, Any]:
@@ -87,3 +110,11 @@ class SqueezedObjective(PairedObjective):
             )
             for d in data
         )
+
+
+def _compared(layer: LayerPlan, batch: Evidence) -> tuple[AttentionRecord, Tensor | None]:
+    """A planned layer's teacher record, of the tokens that are compared, and the (B, Q) rows of it that count."""
+    record = batch.taught[layer.teacher_position]
+    if layer.tokens is None:
+        return record, batch.rows
+    return layer.tokens.taught(record), layer.tokens.rows(batch.rows)

@@ -15,6 +15,9 @@ from squeezeheads.squeezing.weights import check_weights, squeezing_residual
 
 SCHEDULES = ("progressive", "balanced")
 
+TIES = 1e-6
+"""Two merges cost the same where their costs differ by no more than this share of the highest cost."""
+
 
 def group_heads(teacher_heads: int, student_heads: int, schedule: str = "progressive") -> HeadGroups:
     """The teacher heads that serve each student head, by a schedule that knows nothing but the counts.
@@ -64,8 +67,9 @@ def calibrate_groups(
     """Schedule ``similar``: for each layer, groups of heads that lose least when they share a map.
 
     Starts from single heads and, while there are more groups than student heads, merges the two whose union raises the
-    residual (with the weights in use) least, summed over the calibration batches (METHOD §3). Deterministic. With as
-    many student as teacher heads, or more, there is nothing to find and ``group_heads`` answers.
+    residual (with the weights in use) least, summed over the calibration batches (METHOD §3). Deterministic: of merges
+    that cost the same but for rounding, the one with the lowest heads is taken. With as many student as teacher heads,
+    or more, there is nothing to find and ``group_heads`` answers.
 
     Args:
         teacher_recordings: one recording a batch, all of the same layers in the same order.
@@ -120,26 +124,76 @@ def _check_same_layers(recordings: Sequence[Sequence[AttentionRecord]]) -> None:
 def _similar(
     batches: Sequence[AttentionRecord], student_heads: int, weights: str, rows: Sequence[Tensor | None]
 ) -> HeadGroups:
-    teacher_heads = batches[0].num_heads
-    if student_heads >= teacher_heads or student_heads < 1:
-        return group_heads(teacher_heads, student_heads)
-    groups: list[tuple[int, ...]] = [(head,) for head in range(teacher_heads)]
-    costs: dict[tuple[int, ...], float] = {group: 0.0 for group in groups}
-    while len(groups) > student_heads:
-        unions = {(a, b): tuple(sorted(a + b)) for a, b in combinations(groups, 2)}
-        fresh = [union for union in unions.values() if union not in costs]
+    search = GroupSearch(batches[0].num_heads, student_heads, weights)
+    while not search.done:
+        for record, counted in zip(batches, rows, strict=True):
+            search.look_at(record, counted)
+        search.merge()
+    return search.groups
+
+
+class GroupSearch:
+    """The search of ``similar`` groups of one layer, round by round, so that no batch has to be kept for the next:
+
+        while not search.done:
+            for record, rows in batches:
+                search.look_at(record, rows)
+            search.merge()
+
+    Args:
+        teacher_heads: of the layer.
+        student_heads: groups to end with. As many as there are heads, or more: ``group_heads`` answers at once.
+        weights: the weights mode that the groups will be used with.
+    """
+
+    def __init__(self, teacher_heads: int, student_heads: int, weights: str) -> None:
+        self._wanted, self._weights = student_heads, weights
+        self.groups: HeadGroups = tuple((head,) for head in range(teacher_heads))
+        """As far as they are found."""
+        if student_heads >= teacher_heads or student_heads < 1:
+            self.groups = group_heads(teacher_heads, student_heads)
+        self._costs: dict[tuple[int, ...], float] = {group: 0.0 for group in self.groups}
+        self._sums: Tensor | float = 0.0
+        self._output_weights: list[Tensor] = []
+
+    @property
+    def done(self) -> bool:
+        """Whether there are no more groups than student heads."""
+        return len(self.groups) <= self._wanted
+
+    def _unions(self) -> dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[int, ...]]:
+        return {(a, b): tuple(sorted(a + b)) for a, b in combinations(self.groups, 2)}
+
+    def _fresh(self) -> list[tuple[int, ...]]:
+        """The unions whose cost is not known."""
+        return [union for union in self._unions().values() if union not in self._costs]
+
+    @torch.no_grad()
+    def look_at(self, record: AttentionRecord, rows: Tensor | None) -> None:
+        """Add what one batch says of this round's unions."""
+        fresh = self._fresh()
         if fresh:
-            found = sum(
-                squeezing_residual(record, fresh, weights, rows=r).sum(0)
-                for record, r in zip(batches, rows, strict=True)
-            )
-            costs.update(zip(fresh, torch.as_tensor(found).tolist(), strict=True))
-        a, b = min(unions, key=lambda pair: costs[unions[pair]] - costs[pair[0]] - costs[pair[1]])
-        groups = sorted([g for g in groups if g not in (a, b)] + [unions[a, b]])
-    for record in batches:
-        if record.output_weight is not None:
-            forget_isometries(record.output_weight, groups)
-    return tuple(groups)
+            self._sums = self._sums + squeezing_residual(record, fresh, self._weights, rows=rows).sum(0)
+        weight = record.output_weight
+        if weight is not None and not any(weight is known for known in self._output_weights):
+            self._output_weights.append(weight)
+
+    def merge(self) -> None:
+        """End the round: the two groups whose union costs least are one from now on."""
+        fresh = self._fresh()
+        self._costs.update(zip(fresh, torch.as_tensor(self._sums).tolist() if fresh else [], strict=True))
+        self._sums = 0.0
+        unions, costs = self._unions(), self._costs
+        raised = {pair: costs[union] - costs[pair[0]] - costs[pair[1]] for pair, union in unions.items()}
+        # Costs are sums of products in float32, whose last digits depend on how samples were put into batches: within
+        # them the first pair is taken, whichever that is.
+        slack = TIES * max(costs.values())
+        least = min(raised.values())
+        a, b = next(pair for pair, rise in raised.items() if rise <= least + slack)
+        self.groups = tuple(sorted([group for group in self.groups if group not in (a, b)] + [unions[a, b]]))
+        if self.done:
+            for weight in self._output_weights:
+                forget_isometries(weight, self.groups)
 
 
 def _split(count: int, parts: int) -> list[tuple[int, ...]]:
