@@ -16,6 +16,7 @@ from squeezeheads.cli import main
 from squeezeheads.evaluation import measure_squeezing
 from squeezeheads.reports.gains import gains, summary
 from squeezeheads.reports.page import MOST_PICTURES, page
+from squeezeheads.reports.tables import result_table, wide_console
 from tiny import classifier, deit_student, image_batch, language_model, token_batch
 
 
@@ -152,6 +153,16 @@ def test_one_seed_and_no_baseline_are_said():
     assert "With one seed" in lines[2]
     alone = RESULTS | {"students": {"distilled": RESULTS["students"]["distilled"]}}
     assert len(summary(alone, "distilled")) == 1 and "no baseline" in summary(alone, "distilled")[0]
+
+
+def test_tables_in_a_file_keep_their_numbers(capsys):
+    students = {f"a long name of a set of objectives, {n}": RESULTS["students"]["distilled"] for n in range(2)}
+    metrics = {f"metric_{n}": 0.123456 for n in range(6)}
+    students = {name: [one | metrics for one in runs] for name, runs in students.items()}
+    results = RESULTS | {"metrics": [*metrics], "students": students, "teachers": {}}
+    wide_console().print(result_table(results))
+    out = capsys.readouterr().out
+    assert "…" not in out and out.count("0.123 ± 0.000") == 12
 
 
 def test_report_writes_the_page_anew(folder, capsys):

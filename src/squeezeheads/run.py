@@ -45,7 +45,7 @@ from squeezeheads.reports.gains import summary
 from squeezeheads.reports.made_by import describe_run
 from squeezeheads.reports.page import write_page
 from squeezeheads.reports.progress import ProgressBar
-from squeezeheads.reports.tables import plan_table, result_markdown, result_table
+from squeezeheads.reports.tables import plan_table, result_markdown, result_table, wide_console
 from squeezeheads.run_cache import cached_teacher, check_caches
 from squeezeheads.run_folder import (
     DATA_FILE,
@@ -82,7 +82,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
         RecipeError: anything about the recipe that cannot work; found before any training. A training whose loss is not
             finite.
     """
-    console = console or Console()
+    console = console or wide_console()
     run = _started(recipe, console)
     models, output = run.models, run.output
     run.train_teachers()
@@ -131,7 +131,7 @@ def inspect(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     """
     if not attention_objectives(recipe):
         raise RecipeError("objectives: none squeezes attention, so there is nothing to inspect. Add attention: {}.")
-    console = console or Console()
+    console = console or wide_console()
     run = _started(recipe, console)
     run.train_teachers()
     run.make_plan(show=False)

@@ -28,15 +28,14 @@ def main(arguments: Sequence[str]) -> int:
     as_json = "--json" in arguments
     words, overrides = split_arguments([argument for argument in arguments if argument != "--json"])
     path = only_recipe(words, "inspect")
-    from rich.console import Console
-
     from squeezeheads.cli.distill import planned_recipe
     from squeezeheads.files import finite
+    from squeezeheads.reports.tables import wide_console
     from squeezeheads.run import inspect
 
     recipe = planned_recipe(path, overrides)
     hide_foreign_bars()
-    found = inspect(recipe, Console(stderr=as_json))
+    found = inspect(recipe, wide_console(stderr=as_json))
     if as_json:
         print(json.dumps(finite(found), allow_nan=False))
     return 0

@@ -7,9 +7,17 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from squeezeheads.token_layout import SharedTokens
+
+
+def wide_console(stderr: bool = False) -> Console:
+    """A console whose tables keep their numbers: a terminal has a width, but a file has none, and rich would cut there
+    at 80 columns."""
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=200)
 
 
 def mean_and_spread(values: Sequence[float | None], digits: int = 3) -> str:
