@@ -7,7 +7,7 @@ import json
 import os
 import random
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,11 +21,13 @@ from squeezeheads.adapters import AdaptersOff, load_model
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.files import part_of, try_writing
+from squeezeheads.objectives import TaskLoss
 from squeezeheads.recipe import DISTILLED, Recipe, dump_recipe
 from squeezeheads.recipe_models import Models, check_configs
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.tasks.causal import check_causal
-from squeezeheads.training_options import training_arguments
+from squeezeheads.trainer import SqueezeTrainer
+from squeezeheads.training_options import same_environment, training_arguments, trainings
 
 
 def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None, free: Sequence[str] = ()) -> None:
@@ -156,6 +158,48 @@ def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
             raise RecipeError(f"{where}: {_told(error)}") from error
         finally:
             student.zero_grad(set_to_none=True)
+    _try_trainers(task, recipe, splits, {"student": student, **{recipe.teacher_key(n): t for n, t in teachers.items()}})
+
+
+def _try_trainers(task: Task, recipe: Recipe, splits: Splits, made: Mapping[str, Any]) -> None:
+    """Whether each training can be begun: by the trainer that it will have, up to its first step.
+
+    Args:
+        made: models by their key in the recipe.
+
+    Raises:
+        RecipeError: one cannot.
+    """
+    teachers = {name: made[recipe.teacher_key(name)] for name in recipe.named_teachers}
+    for key, spec, seed, whose in trainings(recipe):
+        data = task.training_data(splits.train, made[whose], seed)
+        for name, objectives in (recipe.arms if whose == "student" else {"teacher": {"task": TaskLoss()}}).items():
+            try:
+                with same_environment(), tempfile.TemporaryDirectory(prefix="squeezeheads-") as folder:
+                    trainer = SqueezeTrainer(
+                        model=made[whose],
+                        teacher=teachers if any(o.needs for o in objectives.values()) else None,
+                        args=training_arguments(spec, key, Path(folder), seed),
+                        objectives=copy.deepcopy(dict(objectives)),
+                        rows=task.rows,
+                        targets=task.targets,
+                        passes=data.passes,
+                        train_dataset=data.samples,
+                        data_collator=data.collate,
+                    )
+                    batches = len(trainer.get_train_dataloader())
+                    trainer.create_optimizer_and_scheduler(spec.max_steps)
+            except RecipeError:
+                raise
+            except Exception as error:  # what trainers and their parts raise is their own matter
+                where = key if whose != "student" or name == DISTILLED else f"{key} of the baseline {name!r}"
+                raise RecipeError(f"{where}: training cannot begin: {_told(error)}") from error
+            if not batches:
+                raise RecipeError(
+                    f"{key}.batch_size={spec.batch_size}: the {len(data.samples)} training samples do not fill one "
+                    f"batch, and {key}.arguments.dataloader_drop_last leaves out what does not: no step could be taken."
+                    " Lower the first, or leave out the second."
+                )
 
 
 def _check_trained(name: str, teacher: PreTrainedModel, recipe: Recipe) -> None:

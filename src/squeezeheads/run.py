@@ -61,7 +61,7 @@ from squeezeheads.run_folder import (
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.trainer import SqueezeTrainer
 from squeezeheads.training import train
-from squeezeheads.training_options import check_training, training_arguments
+from squeezeheads.training_options import check_training, same_environment, training_arguments
 
 __all__ = ["distill", "evaluate"]
 
@@ -215,8 +215,9 @@ class _Run:
             bar = ProgressBar(name, self.console)
             key = f"{self.recipe.teacher_key(name)}.training"
             work = f"teachers/{name}"
-            trainer = self._trainer(teacher, {"task": TaskLoss()}, training, TEACHER_SEED, work, bar, key=key)
-            train(trainer, bar, f"teacher {name}", key)
+            with same_environment():
+                trainer = self._trainer(teacher, {"task": TaskLoss()}, training, TEACHER_SEED, work, bar, key=key)
+                train(trainer, bar, f"teacher {name}", key)
             teacher.save_pretrained(folder)
             self.task.save_companions(folder, spec.path)
         teacher = load_teacher(self.task, self.recipe, name)
@@ -258,8 +259,9 @@ class _Run:
                 objectives[key].plan_from_json(yardstick.plan_to_json())
         bar = ProgressBar(f"{name} · seed {seed}", self.console)
         work = f"students/{folder_name(name)}/seed-{seed}"
-        trainer = self._trainer(self.models.new_student(seed), objectives, recipe.training, seed, work, bar)
-        train(trainer, bar, f"{name}, seed {seed}", "training")
+        with same_environment():
+            trainer = self._trainer(self.models.new_student(seed), objectives, recipe.training, seed, work, bar)
+            train(trainer, bar, f"{name}, seed {seed}", "training")
         trainer.model.save_pretrained(folder)
         self.task.save_companions(folder, recipe.student.path)
         # What is measured is what is kept: mixed precision leaves its mark on the model in memory.

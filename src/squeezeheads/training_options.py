@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, get_available_reporting_integrations
+from transformers.utils import is_liger_kernel_available
 
 from squeezeheads.checkpoints import lost_order
-from squeezeheads.errors import RecipeError, similar
+from squeezeheads.errors import MachineError, RecipeError, in_short, similar
 from squeezeheads.recipe import Recipe, TrainingSpec
 from squeezeheads.recipe_models import TEACHER_SEED
 
@@ -61,21 +67,155 @@ REFUSED = {
 OWN_KEYS = "the run sets it itself, from output, seeds and the keys of training"
 
 
+@contextmanager
+def same_environment() -> Iterator[None]:
+    """Afterwards the process is as before: transformers notes some options of a training in the environment, and in
+    switches of torch, where the next training would find them."""
+    before = dict(os.environ)
+    exact, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    cudnn = torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark
+    try:
+        yield
+    finally:
+        for name in os.environ.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)
+        torch.use_deterministic_algorithms(exact, warn_only=warns)
+        torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = cudnn
+
+
+def trainings(recipe: Recipe) -> list[tuple[str, TrainingSpec, int, str]]:
+    """Every training of a run: its key, its options, a seed, and the key of the model that is trained."""
+    teachers = [
+        (f"{recipe.teacher_key(name)}.training", spec.training, TEACHER_SEED, recipe.teacher_key(name))
+        for name, spec in recipe.named_teachers.items()
+        if spec.training is not None
+    ]
+    return [*teachers, ("training", recipe.training, recipe.seeds[0], "student")]
+
+
 def check_training(recipe: Recipe) -> None:
-    """The options of every training of the run: transformers' own checks of them, before any."""
-    # The machine's part of them (bf16 where there is none …) is checked here too.
-    for name, spec in recipe.named_teachers.items():
-        if spec.training is not None:
-            key = f"{recipe.teacher_key(name)}.training"
-            training_arguments(spec.training, key, Path(recipe.output), TEACHER_SEED)
-    training_arguments(recipe.training, "training", Path(recipe.output), recipe.seeds[0])
+    """The options of every training of the run, before any: transformers' own checks of them, and what would show when
+    training begins.
+
+    Raises:
+        RecipeError: one is refused.
+    """
+    for key, spec, seed, _ in trainings(recipe):
+        check_options(spec, key, seed)
+
+
+def check_options(spec: TrainingSpec, key: str, seed: int, model: Any = None) -> None:
+    """``training_arguments``; and without data or weights what the training itself would stumble over: optimiser,
+    schedule, reports, loading of data, compiling.
+
+    Args:
+        model: on any device, where it is known: some optimisers look for layers by name.
+
+    Raises:
+        RecipeError: see ``training_arguments``; an option that is refused, or a package that it needs and that is
+            missing.
+    """
+    with same_environment():
+        args = training_arguments(spec, key, Path("unused"), seed)
+        _check_reports(args, key)
+        if args.use_liger_kernel and not is_liger_kernel_available():
+            raise RecipeError(
+                f"{key}.arguments.use_liger_kernel needs the package liger-kernel, which is missing here."
+            )
+        for beginning, check in (
+            (("optim", "adam_"), lambda: _try_optimiser(args, model)),
+            (("lr_scheduler_kwargs",), lambda: _try_schedule(args)),
+            (("dataloader_",), lambda: _try_loader(args)),
+            (("torch_compile",), lambda: _try_compiling(args)),
+        ):
+            try:
+                check()
+            except Exception as error:  # what other libraries raise is their own matter
+                given = [f"{key}.arguments.{n}={v!r}" for n, v in spec.arguments.items() if n.startswith(beginning)]
+                told = in_short(error) or type(error).__name__
+                raise RecipeError(f"{', '.join(given) or key}: training would end at its start: {told}") from error
+
+
+def _check_reports(args: TrainingArguments, key: str) -> None:
+    known, here = set(INTEGRATION_TO_CALLBACK), set(get_available_reporting_integrations())
+    for name in args.report_to:
+        if name not in known:
+            raise RecipeError(
+                f"{key}.arguments.report_to={name!r}: expected none or one of {', '.join(sorted(known))}."
+                f"{similar(name, known)}"
+            )
+        if name not in here and name != "flyte":  # which is not looked for
+            raise RecipeError(
+                f"{key}.arguments.report_to={name!r}: its package is missing here, or is not set up. Install it, or "
+                "leave it out."
+            )
+
+
+def _try_optimiser(args: TrainingArguments, model: Any) -> None:
+    if model is None and args.optim_target_modules is not None:
+        return  # which layers there are is not known
+    kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model if model is not None else torch.nn.Linear(1, 1))
+    # Some are made of a model or of layers by name, others by a function: these wait for the real model.
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer):
+        if not {"params", "model", "optimizer_dict"} & options.keys():
+            kind([torch.nn.Parameter(torch.zeros(1))], **options)
+
+
+def _try_schedule(args: TrainingArguments) -> None:
+    warmup = args.get_warmup_steps(args.max_steps)
+    schedule = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer=torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=args.learning_rate),
+        num_warmup_steps=warmup,
+        num_training_steps=args.max_steps,
+        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+    )
+    for rate in getattr(schedule, "lr_lambdas", []):
+        for step in (0, warmup, (warmup + args.max_steps) // 2, args.max_steps):
+            rate(step)
+
+
+def _try_loader(args: TrainingArguments) -> None:
+    """Makes no process: that is done when the first batch is asked for."""
+    DataLoader(
+        [0],  # type: ignore[arg-type]
+        batch_size=args.per_device_train_batch_size,
+        num_workers=args.dataloader_num_workers,
+        persistent_workers=args.dataloader_persistent_workers,
+        multiprocessing_context=args.dataloader_multiprocessing_context,
+        prefetch_factor=args.dataloader_prefetch_factor,
+        in_order=args.dataloader_in_order,
+        drop_last=args.dataloader_drop_last,
+    )
+
+
+def _try_compiling(args: TrainingArguments) -> None:
+    if not args.torch_compile:
+        return
+    from accelerate.utils import TorchDynamoPlugin
+
+    TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+    # Nothing is compiled before it runs; the names are looked up.
+    torch.compile(torch.nn.Linear(1, 1), backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+
+
+def _refused_by_the_machine(options: Mapping[str, Any]) -> bool:
+    """Whether transformers takes these options once they ask nothing of a GPU."""
+    plain = {"bf16": False, "fp16": False, "tf32": None, "bf16_full_eval": False, "fp16_full_eval": False}
+    try:
+        TrainingArguments(**{**options, **plain})
+    except Exception:
+        return False
+    return True
 
 
 def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int) -> TrainingArguments:
     """transformers' options of one training.
 
     Raises:
-        RecipeError: an option that the run sets itself or has no use for, an unknown one, or what transformers refuses.
+        RecipeError: an option that the run sets itself or has no use for, an unknown one, or what transformers refuses;
+            a ``MachineError`` where another machine may take it.
     """
     fixed: dict[str, Any] = {
         "output_dir": str(output_dir),
@@ -112,11 +252,19 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
     if unknown:
         hints = [f"{name}{similar(name, known)}" for name in unknown]
         raise RecipeError(f"{key}.arguments: no such option of TrainingArguments: {' '.join(hints)}")
+    own = dict(spec.arguments)
+    if own.get("report_to", "none") is None:  # which transformers takes for the name of a place
+        del own["report_to"]
+    if not isinstance(own.get("accelerator_config"), dict | None):  # transformers would open it as a file
+        told = own["accelerator_config"]
+        raise RecipeError(f"{key}.arguments.accelerator_config={told!r}: expected a mapping of options.")
+    options = {**free, **fixed, **own}
     try:
-        args = TrainingArguments(**{**free, **fixed, **spec.arguments})
+        args = TrainingArguments(**options)
         device, gpus, processes = args.device, args.n_gpu, args.world_size
-    except (ValueError, TypeError, ImportError) as error:
-        raise RecipeError(f"{key}: transformers refuses these options: {error}") from error
+    except Exception as error:  # what transformers raises is its own matter
+        kind = MachineError if _refused_by_the_machine(options) else RecipeError
+        raise kind(f"{key}: transformers refuses these options: {error}") from error
     lost = lost_order(args)
     if lost is not None:
         raise RecipeError(
@@ -124,19 +272,19 @@ def training_arguments(spec: TrainingSpec, key: str, output_dir: Path, seed: int
             "no checkpoint, so a stopped run would see other data. Leave it out."
         )
     if processes > 1:
-        raise RecipeError(
+        raise MachineError(
             f"{processes} processes were launched and a run is one: start it without torchrun or accelerate launch. To "
             "train with several, write a script around SqueezeTrainer."
         )
     if gpus > 1:
-        raise RecipeError(f"{gpus} GPUs are visible and a run uses one: choose it, CUDA_VISIBLE_DEVICES=0.")
+        raise MachineError(f"{gpus} GPUs are visible and a run uses one: choose it, CUDA_VISIBLE_DEVICES=0.")
     if args.fp16 and device.type == "cpu":
-        raise RecipeError(
+        raise MachineError(
             f"{key}.precision=fp16 needs a GPU: on the CPU accelerate would train in float32 without a word. Use bf16, "
             "or fp32."
         )
     if device.type == "mps":
-        raise RecipeError(
+        raise MachineError(
             f"{key}: squeezing sums in float64, which Apple's GPUs lack. Run on the CPU: "
             f"--{key}.arguments '{{use_cpu: true}}'."
         )

@@ -15,8 +15,9 @@ nothing, leaves nothing behind. Exit code 0: go; 2: no go.
 
   RECIPE         a YAML file
   --json         the same as JSON
-  --memory SIZE  memory that there is for a training, as 16GiB: a batch too large for it is a problem; "device": the
-                 memory of the GPU, or of the machine where there is none
+  --memory SIZE  memory that there is for a training, as 16GiB: a batch too large for it is a problem. The run is then
+                 for a machine with that memory: what this one lacks (a GPU, bf16 ...) is noted, and no problem.
+                 "device": the memory of this machine's GPU, or of the machine where there is none
   --key VALUE    any key of the recipe, in place of what the file says; `squeezeheads distill --help` lists them
 
 Options may stand before or after RECIPE.
@@ -41,6 +42,6 @@ def main(arguments: Sequence[str]) -> int:
     memory = None
     if sizes:
         memory = device_memory() if sizes[-1] == "device" else parse_memory(sizes[-1])
-    plan = plan_recipe(path, overrides, memory)
+    plan = plan_recipe(path, overrides, memory, elsewhere=bool(sizes) and sizes[-1] != "device")
     print(json.dumps(finite(plan.to_json()), allow_nan=False) if as_json else plan_text(plan), end="")
     return 0 if plan.go else 2

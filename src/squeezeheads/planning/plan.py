@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from squeezeheads.adapters import add_lora
 from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.named_models import check_attention
 from squeezeheads.planning.costs import FLOAT, Memory, in_bytes, step_flops
 from squeezeheads.planning.lessons import Lesson, plan_lesson, sources_of
 from squeezeheads.planning.problems import Problem, Problems
@@ -22,13 +24,13 @@ from squeezeheads.planning.reading import read_with_problems
 from squeezeheads.planning.shapes import Shape, saved_bytes, shape_of, try_forward
 from squeezeheads.preflight import FOREIGN, as_in_training, check_output
 from squeezeheads.recipe import DISTILLED, ModelSpec, Recipe, TrainingSpec
-from squeezeheads.recipe_models import TEACHER_SEED, student_config, teacher_config, vocabulary
+from squeezeheads.recipe_models import student_config, teacher_config, vocabulary
 from squeezeheads.recording import RecordingError
 from squeezeheads.run_cache import check_cache
 from squeezeheads.run_folder import MADE
 from squeezeheads.tasks import Pretrained, Task
 from squeezeheads.tiling import DEVICE_TILE_BYTES, TILE_BYTES
-from squeezeheads.training_options import training_arguments
+from squeezeheads.training_options import check_options, trainings
 
 NOT_REENTRANT = {"use_reentrant": False}
 LARGEST_HALF = torch.finfo(torch.float16).max
@@ -67,13 +69,16 @@ class Plan:
         return {"go": self.go, "problems": [vars(problem) for problem in self.problems], **rest}
 
 
-def plan_recipe(path: str | Path, overrides: Sequence[str] = (), memory: int | None = None) -> Plan:
+def plan_recipe(
+    path: str | Path, overrides: Sequence[str] = (), memory: int | None = None, elsewhere: bool = False
+) -> Plan:
     """Plan a recipe. Loads no weights and no data, and leaves nothing behind.
 
     Args:
         path: YAML file.
         overrides: keys of the command line, ``--key=value`` each.
         memory: bytes that there are for a training; its step is compared with them.
+        elsewhere: whether the run is for another machine: what this one lacks (a GPU, bf16 …) is noted, and no problem.
 
     Returns:
         The plan. What is wrong with the recipe is listed in it, all at once.
@@ -82,7 +87,8 @@ def plan_recipe(path: str | Path, overrides: Sequence[str] = (), memory: int | N
         RecipeError: no such file, or no YAML.
     """
     recipe, problems = read_with_problems(path, overrides)
-    plan = Plan(str(path), problems.found, memory_given=memory)
+    problems.elsewhere = elsewhere
+    plan = Plan(str(path), problems.found, problems.notes, memory_given=memory)
     if recipe is not None:
         _Planning(recipe, problems, plan).carry_out()
     return plan
@@ -109,9 +115,9 @@ class _Planning:
     def carry_out(self) -> None:
         with self.problems.noting(("output",), exact=True):
             check_output(Path(self.recipe.output), self.recipe)
-        self._check_training()
         self._sketch_data()
         self._make_models()
+        self._check_training()
         self._check_caches()
         self._plan_lessons()
         self._estimate()
@@ -119,17 +125,12 @@ class _Planning:
     # -- the steps -------------------------------------------------------------------------------------------------
 
     def _check_training(self) -> None:
-        for key, spec, seed in self._trainings():
-            with self.problems.noting(tuple(key.split("."))):
-                training_arguments(spec, key, Path(self.recipe.output), seed)
-
-    def _trainings(self) -> list[tuple[str, TrainingSpec, int]]:
-        teachers = [
-            (f"{self.recipe.teacher_key(name)}.training", spec.training, TEACHER_SEED)
-            for name, spec in self.recipe.named_teachers.items()
-            if spec.training is not None
-        ]
-        return [*teachers, ("training", self.recipe.training, self.recipe.seeds[0])]
+        for key, spec, seed, whose in trainings(self.recipe):
+            model = self.shapes[whose].model if whose in self.shapes else None
+            # What only this machine refuses is left out to find the rest.
+            for tried in [spec, dataclasses.replace(spec, precision="fp32")][: 1 + self.problems.elsewhere]:
+                with self.problems.noting(tuple(key.split("."))):
+                    check_options(tried, key, seed, model)
 
     def _sketch_data(self) -> None:
         recipe = self.recipe
@@ -204,9 +205,15 @@ class _Planning:
         if dtype == "auto":
             saved = getattr(config, "dtype", None)
             dtype = str(saved).removeprefix("torch.") if isinstance(saved, torch.dtype) else "float32"
+        taught = self.attends and (key == "student" or self._taught_from(key))
+        attention = spec.attn_implementation
+        if self.problems.elsewhere and not taught:
+            with self.problems.noting():
+                check_attention(attention)
+            attention = "sdpa" if attention.startswith("flash") else attention  # of the same shapes
         try:
             with torch.device("meta"):
-                model = self.task.build(copy.deepcopy(config), spec.attn_implementation, dtype)
+                model = self.task.build(copy.deepcopy(config), attention, dtype)
         except Exception as error:  # what a model raises is its own matter
             self.problems.add(
                 f"{key} cannot be built with attn_implementation={spec.attn_implementation!r}: {in_short(error)} "
@@ -225,9 +232,8 @@ class _Planning:
         self.shapes[key] = shape = shape_of(model.to("meta"))  # a loss may hold numbers of its own
         with torch.device("meta"):
             batch = self.task.example(self.recipe.training.batch_size)
-        taught = key == "student" or self._taught_from(key)
         try:
-            try_forward(shape, batch, self.hidden, self.attends and taught)
+            try_forward(shape, batch, self.hidden, taught)
         except RecordingError as error:
             self.problems.add(f"{key}: {error}", (*key.split("."), "attn_implementation"))
         except Exception as error:  # a model may ask for numbers, which shapes have none of

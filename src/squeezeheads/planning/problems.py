@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import MachineError, RecipeError
 
 Key = tuple[str, ...]
 """The names on the way from the root of a recipe to a key."""
@@ -109,6 +109,10 @@ class Problems:
 
     places: Places
     found: list[Problem] = field(default_factory=list)
+    elsewhere: bool = False
+    """Whether the run is for another machine: what this one lacks is then no problem."""
+    notes: list[str] = field(default_factory=list)
+    """What this machine lacks, then."""
 
     def add(self, message: str, key: Sequence[str] = (), exact: bool = False) -> None:
         """Note one, once.
@@ -124,8 +128,16 @@ class Problems:
 
     @contextmanager
     def noting(self, key: Sequence[str] = (), exact: bool = False) -> Iterator[None]:
-        """A ``RecipeError`` in the block becomes a problem; what follows it in the block is left out."""
+        """A ``RecipeError`` in the block becomes a problem, or a note; what follows it in the block is left out."""
         try:
             yield
         except RecipeError as error:
-            self.add(str(error), key, exact)
+            if isinstance(error, MachineError) and self.elsewhere:
+                self.note(f"Not on this machine: {error}")
+            else:
+                self.add(str(error), key, exact)
+
+    def note(self, text: str) -> None:
+        """Note what is no problem, once."""
+        if text not in self.notes:
+            self.notes.append(text)
