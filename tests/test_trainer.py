@@ -18,9 +18,10 @@ from transformers import (
     TrainingArguments,
 )
 
-from squeezeheads import LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
+from squeezeheads import Distillation, LogitKD, SqueezedHeads, SqueezeTrainer, TaskLoss
 from squeezeheads import trainer as trainer_module
-from tiny import check_plain_checkpoint, classifier, images, language_model, token_batch
+from squeezeheads.batches import next_token_targets
+from tiny import check_plain_checkpoint, classifier, image_batch, images, language_model, token_batch
 
 
 def objectives() -> dict:
@@ -372,13 +373,46 @@ def test_rows_and_targets_of_the_user_are_those_that_count(tmp_path):
     run.prepare()
     batch = next(iter(run.get_train_dataloader()))
     counts = {name: int(count) for name, count in run.distillation.count(batch).items()}
-    assert counts == {"task": 3, "logits": 3, "attention": 8 * 9}
+    assert counts == {"task": 8, "logits": 3, "attention": 8 * 9}, "the task's loss is the student's own"
     out = run.distillation(run.model, batch)
     kept = batch["pixel_values"][::3]
     with torch.no_grad():
         student, teacher = (m.eval()(kept).logits / 2 for m in (run.model, run.distillation.teachers["teacher"]))
     expected = torch.nn.functional.kl_div(student.log_softmax(-1), teacher.softmax(-1), reduction="batchmean")
     torch.testing.assert_close(out.terms["logits"], expected)
+
+
+@pytest.mark.parametrize("kind", ["language_model", "classifier"])
+def test_the_tasks_loss_is_the_students_own_whatever_else_counts(tmp_path, kind):
+    """Of all labels, however many predictions count: parts of a batch, unequal ones, add up to the whole."""
+    if kind == "language_model":
+        student, batch = language_model(3), token_batch([9, 3, 6, 8], total=9)
+        targets = lambda inputs: next_token_targets(inputs) & (torch.arange(9) > 3)  # noqa: E731
+    else:
+        student, batch = classifier(3), image_batch(4)
+        targets = lambda inputs: torch.arange(len(inputs["labels"])) % 3 == 0  # noqa: E731
+    data = [{k: v[i] for k, v in batch.items()} for i in range(4)]
+    with torch.no_grad():
+        expected = student.eval()(**batch).loss.item()
+    for size in (4, 1):
+        run = SqueezeTrainer(
+            model=student,
+            args=arguments(
+                tmp_path,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=4 // size,
+                learning_rate=0.0,
+                max_steps=1,
+            ),
+            objectives={"task": TaskLoss()},
+            train_dataset=data,
+            targets=targets,
+        )
+        run.train()
+        (entry,) = [e for e in run.state.log_history if "task" in e]
+        assert entry["task"] == pytest.approx(expected, rel=1e-5) and entry["loss"] == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(RuntimeError, match="which labels .* depends on the student.* learn_targets"):
+        Distillation(None, {"task": TaskLoss()}, targets=targets).count(batch)
 
 
 @pytest.mark.parametrize("how", ["in eval mode", "evaluated after each step"])

@@ -64,7 +64,7 @@ class Distillation:
             teacher has other special tokens, these are the student's rows.
         targets: inputs → bool, predictions that count (shape of the logits less their last dimension), or ``None`` for
             all. Default: labels other than -100, and for causal language models ``next_token_targets``; the first
-            student tells which.
+            student tells which. ``TaskLoss`` is the student's own loss, which counts all labels whatever this says.
         loss_takes_count: whether the student takes ``num_items_in_batch`` and divides its summed loss by it, as
             transformers' language models do. Others return a plain mean, which over no label is not a number: it
             counts nothing either way.
@@ -88,6 +88,8 @@ class Distillation:
         self.objectives = dict(objectives)
         self.rows = rows
         self.targets = targets
+        # Predictions that the student's own loss counts: it knows labels alone, whatever `targets` says.
+        self._labelled = targets if targets in (labelled_targets, next_token_targets) else None
         self.loss_takes_count = loss_takes_count
         # The teachers of each objective, by name.
         self._sources = {name: _sources(name, objective, self.teachers) for name, objective in objectives.items()}
@@ -126,7 +128,7 @@ class Distillation:
         Raises:
             ValueError, RecordingError: models that cannot be compared or recorded; labels predicted from padding.
         """
-        self._learn_targets(student)
+        self.learn_targets(student)
         for batch in batches:
             _check_targets(batch, self._targets(batch))
         if self.prepared:
@@ -194,10 +196,10 @@ class Distillation:
         """How many items each objective's mean is taken over: sums over parts of a batch weigh the parts.
 
         Raises:
-            RuntimeError: ``targets`` was not given, and no student told yet which predictions count.
+            RuntimeError: no student told yet which predictions count, see ``learn_targets``.
         """
-        rows, targets = self.rows(inputs), self._targets(inputs)
-        return {name: _count(o, inputs, rows, targets) for name, o in self.objectives.items()}
+        counted = {"rows": self.rows(inputs), "targets": self._targets(inputs), "labels": self._labels(inputs)}
+        return {name: _count(inputs, counted[o.items]) for name, o in self.objectives.items()}
 
     def __call__(
         self,
@@ -219,7 +221,7 @@ class Distillation:
         """
         if not self.prepared:
             self.prepare(student, [inputs])
-        self._learn_targets(student)
+        self.learn_targets(student)
         whole = Evidence(inputs, student=None, rows=self.rows(inputs), targets=self._targets(inputs))
         outputs: dict[str, Any] = {}
         taught: dict[str, dict[int, Any]] = {}
@@ -235,6 +237,8 @@ class Distillation:
             whole.student = student(**own, **self._loss_count(whole), **_asking_for(hidden))
         whole.learned = dict(zip(positions, learned, strict=True))
 
+        selected = {"rows": whole.rows, "targets": whole.targets, "labels": self._labels(inputs)}
+        items = {kind: _count(inputs, chosen) for kind, chosen in selected.items()}
         terms: dict[str, Tensor] = {}
         counted: dict[str, Tensor] = {}
         loss: Tensor | None = None
@@ -246,7 +250,7 @@ class Distillation:
                 evidence = replace(whole, teacher=[outputs[source] for source in sources] or None)
             value = objective(evidence)
             terms[name] = value.detach()
-            counted[name] = _count(objective, inputs, whole.rows, whole.targets)
+            counted[name] = items[objective.items]
             share: Tensor | float = 1.0
             if counts is not None:
                 share = counted[name] / counts[name].where(counts[name] > 0, 1.0)
@@ -257,9 +261,13 @@ class Distillation:
         assert loss is not None
         return DistillationOutput(loss, terms, counted, whole.student)
 
-    def _learn_targets(self, student: nn.Module) -> None:
+    def learn_targets(self, student: nn.Module) -> None:
+        """Learn from a student which predictions count where that was not said, and which its own loss counts.
+        ``prepare`` does it, and so does the first batch; for ``count`` before them."""
+        if self._labelled is None:
+            self._labelled = next_token_targets if shifts_labels(student) else labelled_targets
         if self.targets is None:
-            self.targets = next_token_targets if shifts_labels(student) else labelled_targets
+            self.targets = self._labelled
 
     def _targets(self, inputs: Inputs) -> Tensor | None:
         if self.targets is None:
@@ -280,10 +288,25 @@ class Distillation:
             outputs = teacher(**_without_labels(inputs), **_asking_for(hidden), **_no_cache(teacher))
         return outputs, dict(zip(positions, taught, strict=True))
 
+    def _labels(self, inputs: Inputs) -> Tensor | None:
+        """As ``_targets``: the predictions that the student's own loss counts."""
+        labels = inputs.get("labels")
+        if not isinstance(labels, Tensor) or labels.is_floating_point() or PROBABILITIES in inputs:
+            return self._targets(inputs)
+        if self._labelled is None:
+            if not any(objective.items == "labels" for objective in self.objectives.values()):
+                return None  # nobody asks
+            raise RuntimeError(
+                "which labels the student's own loss counts depends on the student, and none was seen: call "
+                "prepare(student, batches) or learn_targets(student) first."
+            )
+        return self._labelled(inputs)
+
     def _loss_count(self, evidence: Evidence) -> dict[str, Tensor]:
-        if not self.loss_takes_count or evidence.targets is None or "labels" not in evidence.inputs:
+        labelled = self._labels(evidence.inputs)
+        if not self.loss_takes_count or labelled is None or "labels" not in evidence.inputs:
             return {}
-        return {"num_items_in_batch": evidence.targets.sum().clamp_min(1)}
+        return {"num_items_in_batch": labelled.sum().clamp_min(1)}
 
 
 KEPT_BYTES = 2**30
@@ -382,8 +405,8 @@ def _check_targets(inputs: Inputs, targets: Tensor | None) -> None:
         )
 
 
-def _count(objective: Objective, inputs: Inputs, rows: Tensor | None, targets: Tensor | None) -> Tensor:
-    selected = rows if objective.items == "rows" else targets
+def _count(inputs: Inputs, selected: Tensor | None) -> Tensor:
+    """How many items are selected; ``None`` is all."""
     if selected is not None:
         return selected.sum().float()
     first = next(v for v in inputs.values() if isinstance(v, Tensor))

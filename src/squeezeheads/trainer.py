@@ -8,22 +8,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from accelerate.optimizer import AcceleratedOptimizer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+from transformers.utils import is_datasets_available
 
 from squeezeheads.adapters import AdaptersOff, shared_trained_weights
 from squeezeheads.batches import (
     Inputs,
-    labelled_targets,
-    next_token_targets,
     one_pass,
     padding_rows,
-    shifts_labels,
 )
 from squeezeheads.checkpoints import WholeCheckpoints
 from squeezeheads.distillation import Distillation, named_teachers
@@ -46,6 +43,9 @@ from squeezeheads.projector_files import (
     take_out,
     trained_parameters,
 )
+
+if is_datasets_available():
+    import datasets
 
 MOST_CALIBRATION_SAMPLES = 1024
 """More say nothing new of which heads are alike, and the batches of large trainings would take minutes."""
@@ -81,7 +81,7 @@ class SqueezeTrainer(WholeCheckpoints):
         objectives: name → objective.
         rows: inputs → (B, Q) query rows that count for attention, see ``Distillation``.
         targets: inputs → predictions that count; by default labels other than -100, shifted where the student's loss
-            shifts them (causal language models).
+            shifts them (causal language models). The task's loss is the student's own, over all labels.
         passes: inputs → the inputs of each forward pass of a batch, equally many for all batches. By default one. The
             loss is the sum of the passes' losses; an objective is logged as its mean over the items of all passes.
             Models are checked and plans are made on the first.
@@ -129,8 +129,6 @@ class SqueezeTrainer(WholeCheckpoints):
             raise ValueError("compute_loss_func would be ignored: write an Objective instead.")
         super().__init__(model=model, args=args, **kwargs)
         check_distribution(self.args, self.accelerator)
-        if targets is None:
-            targets = next_token_targets if shifts_labels(self.model) else labelled_targets
         # Whether the student can be run only when Trainer has prepared it for training.
         self._runs_late = self.is_fsdp_enabled or self.is_deepspeed_enabled
         self.distillation = Distillation(
@@ -140,6 +138,7 @@ class SqueezeTrainer(WholeCheckpoints):
             targets=targets,
             loss_takes_count=self.model_accepts_loss_kwargs,
         )
+        self.distillation.learn_targets(self.model)
         self.passes = passes
         # Of each pass.
         self._batch_counts: list[dict[str, Tensor]] | None = None
@@ -219,10 +218,10 @@ class SqueezeTrainer(WholeCheckpoints):
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> Any:
         """As ``Trainer.create_scheduler``. Under FSDP and DeepSpeed the models are checked here and the projectors
         made: Trainer has sharded the student and its optimizer by now, and accelerate (1.15) shards no optimizer that
-        holds more."""
-        if self._runs_late:
+        holds more. With an optimizer DeepSpeed's engine calls it, before the student can be run."""
+        if self._runs_late and optimizer is None:
             self.prepare(resume=self._resumed_from is not None)
-            self._add_projectors(self.optimizer if optimizer is None else optimizer)
+            self._add_projectors(self.optimizer)
         return super().create_scheduler(num_training_steps, optimizer)
 
     def _add_projectors(self, optimizer: torch.optim.Optimizer, given: bool = False) -> None:
@@ -377,7 +376,7 @@ class SqueezeTrainer(WholeCheckpoints):
             part = max(part // self.accelerator.num_processes, 1)
         count = min(wanted * self._parts * part, MOST_CALIBRATION_SAMPLES)
         columns = {"description": "Calibration"}
-        if isinstance(data, datasets.Dataset):
+        if is_datasets_available() and isinstance(data, datasets.Dataset):
             data, collate = self._remove_unused_columns(data, **columns), self.data_collator
         else:
             collate = self._get_collator_with_removed_columns(self.data_collator, **columns)

@@ -52,8 +52,9 @@ class Objective:
 
     needs: ClassVar[frozenset[str]] = frozenset()
     """Any of "teacher_logits", "attention", "hidden_states"."""
-    items: ClassVar[Literal["rows", "targets"]] = "targets"
-    """What the mean is taken over: query rows or predictions. Parts of a batch are weighed by their count."""
+    items: ClassVar[Literal["rows", "targets", "labels"]] = "targets"
+    """What the mean is taken over: query rows, predictions that count, or those that the student's own loss counts.
+    Parts of a batch are weighed by their count."""
     unit: ClassVar[str] = ""
     """Unit and denominator of the value."""
     takes_stored_logits: ClassVar[bool] = False

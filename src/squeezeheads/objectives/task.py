@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -23,6 +23,7 @@ class TaskLoss(Objective):
     the class head: the other head is the teacher's.
     """
 
+    items: ClassVar[Literal["rows", "targets", "labels"]] = "labels"
     unit: ClassVar[str] = "nats per prediction; of denoisers, squared error per element"
 
     def __call__(self, evidence: Evidence) -> Tensor:
