@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from transformers import AutoConfig, GPT2Config, LlamaConfig, ViTConfig
+from transformers import GPT2Config, LlamaConfig, PreTrainedConfig, ViTConfig
 
 from squeezeheads.objectives import SqueezedHeads
 from squeezeheads.pairing import pair_layers
@@ -71,7 +70,8 @@ EXPECTED = {
 
 @pytest.fixture
 def hub(monkeypatch):
-    monkeypatch.setattr(AutoConfig, "from_pretrained", lambda path, **_: copy.deepcopy(HUB[path]))
+    # Where AutoConfig too has it from.
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", lambda path, **options: (HUB[path].to_dict(), options))
 
     def load_config(path, subfolder=None):
         assert path == "facebook/DiT-XL-2-256"
