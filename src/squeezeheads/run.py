@@ -22,6 +22,7 @@ import dataclasses
 import shutil
 import statistics
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,10 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback
 
 from squeezeheads.adapters import AdaptersOff, load_model
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import InUseError, RecipeError
 from squeezeheads.evaluate import evaluate
 from squeezeheads.evaluation import attention_fidelity
-from squeezeheads.files import finite, read_json, store_json, store_text
+from squeezeheads.files import finite, read_json, store_json, store_text, working_in
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import (
     TEACHER_SEED,
@@ -86,16 +87,39 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     output = Path(recipe.output)
     check_output(output, recipe)
-    check_training(recipe)
-    models, splits = models_and_data(recipe, console)
-    prints = check_data(models.task, splits, output)
-    check_caches(recipe, models.vocabularies)
-    check_models(models, recipe, splits)
-    output.mkdir(parents=True, exist_ok=True)
-    store_json(output / "recipe.json", dump_recipe(recipe))
-    keep_made(models.task, output)
-    store_json(output / DATA_FILE, prints)
+    with ExitStack() as held:
+        there = output.is_dir()
+        if there:  # a new one is made when all is checked
+            _work_alone(output, held)
+        check_training(recipe)
+        models, splits = models_and_data(recipe, console)
+        prints = check_data(models.task, splits, output)
+        check_caches(recipe, models.vocabularies)
+        check_models(models, recipe, splits)
+        if not there:
+            _work_alone(output, held)
+        store_json(output / "recipe.json", dump_recipe(recipe))
+        keep_made(models.task, output)
+        store_json(output / DATA_FILE, prints)
+        return _carry_out(models, splits, output, console)
 
+
+def _work_alone(output: Path, held: ExitStack) -> None:
+    """
+    Raises:
+        RecipeError: another process carries out a run there.
+    """
+    try:
+        held.enter_context(working_in(output))
+    except InUseError as error:
+        raise RecipeError(
+            f"output={output}: {error} Two at work on one run would spoil it. Wait for the other, or choose another "
+            "folder with --output."
+        ) from error
+
+
+def _carry_out(models: Models, splits: Splits, output: Path, console: Console) -> dict[str, Any]:
+    recipe = models.recipe
     run = _Run(models, splits, output, console)
     run.train_teachers()
     run.make_plan()
