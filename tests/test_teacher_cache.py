@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from squeezeheads import (
     write_teacher_cache,
 )
 from squeezeheads.batches import next_token_targets
+from squeezeheads.files import working_in
 from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import mean_divergence
 from squeezeheads.teacher_cache import shards, teacher_fingerprint, writing
@@ -409,6 +411,35 @@ def test_a_whole_cache_is_not_computed_again_and_grows(tmp_path):
     assert teacher.batches == 4 and grown.samples == 12, "of batches that are stored in part, what is not"
     expected = teacher.eval()(pixel_values=mixed).logits.topk(3).values
     torch.testing.assert_close(grown(pixel_values=mixed).values, expected)
+
+
+@pytest.mark.parametrize("first", [torch.bfloat16, None])
+def test_a_cache_knows_the_precision_that_its_teacher_ran_in(tmp_path, first):
+    """Logits of mixed precision are no logits of float32, though they are stored so."""
+
+    def write(dtype):
+        with torch.autocast("cpu", dtype) if dtype else nullcontext():
+            return write_teacher_cache(classifier(4), image_batches(1), tmp_path / "c", k=None, dtype=torch.float32)
+
+    names = {torch.bfloat16: "bfloat16", None: "none"}
+    other = torch.bfloat16 if first is None else None
+    assert write(first).settings.compute == names[first]
+    with pytest.raises(ValueError, match=rf"other settings \(compute {names[first]} there, {names[other]} now\)"):
+        write(other)
+    write(first)
+    index = tmp_path / "c" / "index.json"
+    index.write_text(json.dumps({k: v for k, v in json.loads(index.read_text()).items() if k != "compute"}))
+    assert CachedTeacher(tmp_path / "c").settings.compute == "unknown", "of an older version"
+
+
+def test_one_process_writes_at_a_time(tmp_path):
+    with (
+        working_in(tmp_path / "c"),
+        pytest.raises(ValueError, match=rf"another process works in {tmp_path / 'c'} \(pro"),
+    ):
+        write_teacher_cache(classifier(4), image_batches(1), tmp_path / "c", k=3)
+    assert not (tmp_path / "c").exists(), "nothing was written"
+    write_teacher_cache(classifier(4), image_batches(1), tmp_path / "c", k=3)
 
 
 def test_what_lies_on_the_disk(tmp_path):

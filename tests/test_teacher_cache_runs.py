@@ -80,6 +80,20 @@ def test_a_run_from_the_cache_is_the_run_from_the_teacher(tmp_path, requests, ca
     assert index["samples"] == json.loads((tmp_path / "few" / "data.json").read_text())["train"]["samples"]
 
 
+def test_a_run_in_mixed_precision_is_the_run_from_the_teacher_too(tmp_path, requests, capsys):
+    """The cache was computed in it, and serves no run in another."""
+    shared = {"k": "all", "folder": str(tmp_path / "shared")}
+    assert main(["distill", str(requests("live", training__precision="bf16"))]) == 0
+    assert main(["distill", str(requests("all", training__precision="bf16", teacher__cache=shared))]) == 0
+    weights, losses = zip(*(student_of(tmp_path / name) for name in ("live", "all")), strict=True)
+    # Rounding to bfloat16 turns the last digits of a batch, which depend on its padding, into 2⁻⁸ of a logit.
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=1e-2, atol=1e-2)
+    assert main(["distill", str(requests("single", teacher__cache=shared))]) == 2
+    assert "compute bfloat16 there, none now" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_folder_serves_several_runs(tmp_path, requests, monkeypatch):
     """The second run finds every sample; a teacher of other weights, or other settings, is refused there."""
     first = requests("first")

@@ -145,8 +145,8 @@ class WholeCheckpoints(Trainer):
         """Trainer (5.23) takes what is there and goes on with new moments, or other random numbers, without a word."""
         wanted: dict[str, Any] = {"scheduler.pt": (checkpoint / "scheduler.pt").is_file()}
         if self.is_deepspeed_enabled:
-            if "scheduler" in self.accelerator.state.deepspeed_plugin.deepspeed_config:
-                wanted.clear()  # the engine's own
+            if {"optimizer", "scheduler"} & self.accelerator.state.deepspeed_plugin.deepspeed_config.keys():
+                wanted.clear()  # the engine keeps the schedule
             wanted["the engine's state"] = self._has_engine_state(checkpoint)
         elif self.is_fsdp_enabled:
             wanted["optimizer.bin"] = any((checkpoint / n).exists() for n in ("optimizer.bin", "optimizer_0"))

@@ -20,6 +20,10 @@ class SavingError(OSError):
     out."""
 
 
+class InUseError(ValueError):
+    """A folder that another process writes in."""
+
+
 def in_short(message: object, limit: int = 300) -> str:
     """What another library says, on one line of at most ``limit`` characters: some list every model they know."""
     line = " ".join(str(message).split())

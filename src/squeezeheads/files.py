@@ -1,4 +1,4 @@
-"""Files that mark a step as done, places that can be written to, and what a full disk does."""
+"""Files that mark a step as done, places that can be written to, folders that one process works in, a full disk."""
 
 from __future__ import annotations
 
@@ -7,12 +7,17 @@ import json
 import math
 import os
 import re
+import socket
 import tempfile
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from squeezeheads.errors import RecipeError, SavingError
+from squeezeheads.errors import InUseError, RecipeError, SavingError
+
+fcntl: Any = import_module("fcntl") if os.name != "nt" else None  # Windows has none
 
 
 def finite(value: Any) -> Any:
@@ -97,6 +102,75 @@ def _sync(path: Path) -> None:
             raise
     finally:
         os.close(descriptor)
+
+
+LOCK = ".lock"
+"""File of a folder that a process works in. It is locked, not only there: what a killed process left says nothing."""
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """The only process that works in ``folder``, as long as it is in this context or until it dies. Where the system
+    knows no locks (Windows, some network disks) nothing is kept apart.
+
+    Args:
+        folder: is made where it is not there.
+
+    Raises:
+        InUseError: another process works in it.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    held = _locked(folder / LOCK)
+    try:
+        yield
+    finally:
+        if held is not None:
+            (folder / LOCK).unlink(missing_ok=True)  # before it is let go: nobody else has it yet
+            _held.discard(held)
+            os.close(held)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+_held: set[int] = set()
+
+
+def _let_go_in_children() -> None:
+    """A worker of a data loader that outlives a killed process for a moment must not keep its folder locked."""
+    for descriptor in _held:
+        os.close(descriptor)
+    _held.clear()
+
+
+if fcntl is not None:
+    os.register_at_fork(after_in_child=_let_go_in_children)
+
+
+def _locked(path: Path) -> int | None:
+    """A descriptor that holds the lock, ``None`` where there are no locks."""
+    if fcntl is None:
+        return None
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            who = os.pread(descriptor, 100, 0).decode(errors="replace")
+            os.close(descriptor)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise InUseError(f"another process works in {path.parent}{f' ({who})' if who else ''}.") from None
+            return None  # a file system without locks
+        try:
+            if os.path.samestat(os.fstat(descriptor), path.stat()):
+                break
+        except FileNotFoundError:
+            pass
+        os.close(descriptor)  # of a process that has just ended, and taken its file away
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    _held.add(descriptor)
+    return descriptor
 
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from squeezeheads.adapters import AdaptersOff, load_model
 from squeezeheads.distillation import Distillation
 from squeezeheads.errors import RecipeError, in_short
-from squeezeheads.files import part_of, try_writing
+from squeezeheads.files import LOCK, part_of, try_writing
 from squeezeheads.objectives import TaskLoss
 from squeezeheads.recipe import DISTILLED, Recipe, dump_recipe
 from squeezeheads.recipe_models import Models, check_configs
@@ -56,8 +56,8 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
             )
     elif os.path.exists(output) and not output.is_dir():
         raise RecipeError(f"output={output} is a file: expected a folder, new or of an earlier start of this run.")
-    # A run that was stopped at its very start has left its recipe unfinished, and nothing else.
-    elif os.path.exists(output) and any(path != part_of(stored) for path in output.iterdir()):
+    # A run that was stopped at its very start has left its lock and its recipe unfinished, and nothing else.
+    elif os.path.exists(output) and any(path not in (part_of(stored), output / LOCK) for path in output.iterdir()):
         raise RecipeError(f"output={output} exists and is no run of squeezeheads. Choose another folder with --output.")
     if parts is None:
         _check_no_links(output)
@@ -152,7 +152,7 @@ def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
         try:
             trial = Distillation(teachers, copy.deepcopy(objectives), rows=task.rows, targets=task.targets)
             trial.prepare(student, [passes[0]])
-            with as_in_training(student, args), _autocast([*teachers.values(), student], args):
+            with as_in_training(student, args), _autocast_forwards([*teachers.values(), student], args):
                 torch.stack([trial(student, part).loss for part in passes]).sum().backward()
         except FOREIGN as error:
             raise RecipeError(f"{where}: {_told(error)}") from error
@@ -269,7 +269,7 @@ def as_in_training(model: Any, args: Any) -> Iterator[None]:
 
 
 @contextmanager
-def _autocast(models: Sequence[PreTrainedModel], args: TrainingArguments) -> Iterator[None]:
+def _autocast_forwards(models: Sequence[PreTrainedModel], args: TrainingArguments) -> Iterator[None]:
     """Mixed precision as ``accelerate`` arranges it: within the models' forward passes, and outputs in float32."""
     from accelerate.utils import convert_outputs_to_fp32
 

@@ -23,6 +23,7 @@ import dataclasses
 import shutil
 import statistics
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +33,10 @@ from torch import nn
 from transformers import PreTrainedModel, PrinterCallback
 
 from squeezeheads.adapters import AdaptersOff, load_model
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import InUseError, RecipeError
 from squeezeheads.evaluate import evaluate
 from squeezeheads.evaluation import attention_fidelity, measure_squeezing
-from squeezeheads.files import finite, read_json, store_json, store_text
+from squeezeheads.files import finite, read_json, store_json, store_text, working_in
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import check_models, check_output
 from squeezeheads.recipe import DISTILLED, Recipe, TeacherSpec, TrainingSpec, dump_recipe, folder_name
@@ -83,8 +84,12 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
             finite.
     """
     console = console or wide_console()
-    run = _started(recipe, console)
-    models, output = run.models, run.output
+    with ExitStack() as held:
+        return _carry_out(_started(recipe, console, held), console)
+
+
+def _carry_out(run: _Run, console: Console) -> dict[str, Any]:
+    recipe, models, output = run.recipe, run.models, run.output
     run.train_teachers()
     run.make_plan()
     students: dict[str, list[dict[str, Any]]] = {name: [] for name in recipe.arms}
@@ -132,10 +137,11 @@ def inspect(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     if not attention_objectives(recipe):
         raise RecipeError("objectives: none squeezes attention, so there is nothing to inspect. Add attention: {}.")
     console = console or wide_console()
-    run = _started(recipe, console)
-    run.train_teachers()
-    run.make_plan(show=False)
-    measured = run.measure_squeezing(run.models.new_student(recipe.seeds[0]))
+    with ExitStack() as held:
+        run = _started(recipe, console, held)
+        run.train_teachers()
+        run.make_plan(show=False)
+        measured = run.measure_squeezing(run.models.new_student(recipe.seeds[0]))
     found = {
         name: [{**layer, **seen} for layer, seen in zip(objective.plan_to_json(), measured[name], strict=True)]
         for name, objective in run.yardsticks.items()
@@ -145,20 +151,39 @@ def inspect(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     return found
 
 
-def _started(recipe: Recipe, console: Console) -> _Run:
-    """A run whose recipe, models and data are checked, and its folder made."""
+def _started(recipe: Recipe, console: Console, held: ExitStack) -> _Run:
+    """A run whose recipe, models and data are checked, and its folder made, in which no other process works until
+    ``held`` is left."""
     output = Path(recipe.output)
     check_output(output, recipe)
+    there = output.is_dir()
+    if there:  # a new one is made when all is checked
+        _work_alone(output, held)
     check_training(recipe)
     models, splits = models_and_data(recipe, console)
     prints = check_data(models.task, splits, output)
     check_caches(recipe, models.vocabularies)
     check_models(models, recipe, splits)
-    output.mkdir(parents=True, exist_ok=True)
+    if not there:
+        _work_alone(output, held)
     store_json(output / "recipe.json", dump_recipe(recipe))
     keep_made(models.task, output)
     store_json(output / DATA_FILE, prints)
     return _Run(models, splits, output, console)
+
+
+def _work_alone(output: Path, held: ExitStack) -> None:
+    """
+    Raises:
+        RecipeError: another process carries out a run there.
+    """
+    try:
+        held.enter_context(working_in(output))
+    except InUseError as error:
+        raise RecipeError(
+            f"output={output}: {error} Two at work on one run would spoil it. Wait for the other, or choose another "
+            "folder with --output."
+        ) from error
 
 
 class _Run:

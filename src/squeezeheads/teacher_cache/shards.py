@@ -48,6 +48,8 @@ class Settings:
     """For which the mass of what is left out is stored."""
     per_token: bool
     """Whether there is a prediction a token, or one a sample."""
+    compute: str
+    """Number type of the mixed precision that the teacher ran in, "none" where it ran in that of its weights."""
 
     def differences(self, other: Settings) -> list[str]:
         """The names of what is not the same."""
@@ -64,7 +66,8 @@ class Settings:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Settings:
         """As ``asdict`` wrote it."""
-        values = {f.name: data[f.name] for f in fields(cls)}
+        values = {f.name: data[f.name] for f in fields(cls) if f.name != "compute"}
+        values["compute"] = data.get("compute", "unknown")  # of caches written before it was kept
         return cls(**{**values, "temperatures": tuple(values["temperatures"])})
 
 

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from squeezeheads.batches import Inputs, evaluating
+from squeezeheads.errors import InUseError
+from squeezeheads.files import working_in
 from squeezeheads.objectives.base import logits_of
 from squeezeheads.teacher_cache.identity import KEY_BYTES, KeyedSample, keyed_samples, model_inputs, teacher_fingerprint
 from squeezeheads.teacher_cache.reading import CachedTeacher
@@ -53,11 +55,12 @@ def write_teacher_cache(
 
     Stopped and called again it goes on: whole shards are kept, half ones thrown away, samples that are stored are not
     run again. Batches of which all samples are stored do not reach the teacher, so a further call with more data adds
-    to a cache. One process writes a folder at a time.
+    to a cache. One process writes a folder at a time; another is refused.
 
     Args:
         teacher: returns logits (B, N, V), a prediction a token of ``input_ids``, or (B, V), one a sample. It runs in
-            eval mode without gradients, on the device of its parameters.
+            eval mode without gradients, on the device of its parameters, in the mixed precision that is on
+            (``torch.autocast``): for a training in bf16 write in bf16.
         batches: inputs as in training, with the same tokens and pixels; labels are left out.
         folder: new, empty, or of an earlier start with the same teacher and settings.
         k: how many logits of each prediction are kept, the greatest; ``None`` or V keeps all.
@@ -70,7 +73,8 @@ def write_teacher_cache(
     Raises:
         ValueError: an impossible k, temperature or number type; inputs that cannot be keyed (see the documentation of
             offline teachers); logits of another shape, or not finite; a folder that holds other files than a cache's,
-            or a cache of another teacher, vocabulary, or with other settings.
+            or a cache of another teacher, vocabulary, or with other settings, or that another process writes
+            (``InUseError``).
     """
     if k is not None and (not isinstance(k, int) or isinstance(k, bool) or k < 1):
         raise ValueError(f"k={k!r}: expected a whole number of at least 1, or None for all logits.")
@@ -82,8 +86,20 @@ def write_teacher_cache(
         Path(folder), teacher_fingerprint(teacher), k, tuple(sorted({float(t) for t in temperatures})), dtype
     )
     writer.shard_bytes = shard_bytes
-    writer.take_up()
     device = next((p.device for p in teacher.parameters()), torch.device("cpu"))
+    if torch.is_autocast_enabled(device.type):
+        writer.compute = _name(torch.get_autocast_dtype(device.type))
+    check_folder(writer.folder)  # before anything is written there
+    try:
+        with working_in(writer.folder):
+            _write(writer, teacher, batches, device)
+    except InUseError as error:
+        raise InUseError(f"{error} One process writes a teacher cache: wait for it, then call again.") from error
+    return CachedTeacher(folder)
+
+
+def _write(writer: _Writer, teacher: nn.Module, batches: Iterable[Inputs], device: torch.device) -> None:
+    writer.take_up()
     for batch in batches:
         samples = keyed_samples(batch)
         if all(sample.key in writer.stored for sample in samples):
@@ -93,7 +109,6 @@ def write_teacher_cache(
         with torch.no_grad(), evaluating(teacher):
             writer.add(samples, logits_of(teacher(**inputs, **options), "teacher"))
     writer.finish()
-    return CachedTeacher(folder)
 
 
 @dataclass
@@ -103,6 +118,7 @@ class _Writer:
     k: int | None
     temperatures: tuple[float, ...]
     dtype: torch.dtype | None
+    compute: str = "none"
     shard_bytes: int = SHARD_BYTES
     settings: Settings | None = None
     stored: set[bytes] = field(default_factory=set)
@@ -113,7 +129,6 @@ class _Writer:
 
     def take_up(self) -> None:
         """What an earlier start left."""
-        check_folder(self.folder)
         for part in half_shards(self.folder):
             part.unlink()
         for file in shard_files(self.folder):
@@ -136,6 +151,7 @@ class _Writer:
             dtype=stored.dtype if self.dtype is None else _name(self.dtype),
             temperatures=self.temperatures,
             per_token=stored.per_token,
+            compute=self.compute,
         )
         amiss = wanted.differences(stored)
         if amiss:
@@ -185,6 +201,7 @@ class _Writer:
             dtype=_name(self.dtype or logits.dtype),
             temperatures=self.temperatures,
             per_token=per_token,
+            compute=self.compute,
         )
         if self.settings is None:
             self.settings = mine
