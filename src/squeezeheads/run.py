@@ -37,7 +37,7 @@ from squeezeheads.evaluate import evaluate
 from squeezeheads.evaluation import attention_fidelity, squeezing_losses
 from squeezeheads.files import finite, read_json, store_json, store_text
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
-from squeezeheads.preflight import check_models, check_output
+from squeezeheads.preflight import check_models, check_output, check_packages
 from squeezeheads.recipe import DISTILLED, Recipe, TeacherSpec, TrainingSpec, dump_recipe, folder_name
 from squeezeheads.recipe_models import TEACHER_SEED, Models
 from squeezeheads.reports.figures import attention_figures
@@ -85,6 +85,7 @@ def distill(recipe: Recipe, console: Console | None = None) -> dict[str, Any]:
     console = console or Console()
     output = Path(recipe.output)
     check_output(output, recipe)
+    check_packages(recipe.chosen_task)
     check_training(recipe)
     models, splits = models_and_data(recipe, console)
     prints = check_data(models.task, splits, output)
