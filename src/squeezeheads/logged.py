@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Any
 
 # What transformers' Trainer (5.23) puts into an entry of its log beside evaluation.
 _LOGGED = frozenset(
@@ -23,16 +24,22 @@ _LOGGED = frozenset(
 )
 
 
-def check_names(objectives: Iterable[str], further: frozenset[str] = frozenset()) -> None:
+def check_names(objectives: Mapping[str, Any], further: frozenset[str] = frozenset()) -> None:
     """Whether each objective's value can be logged under its name: one would take the other's place.
 
     Args:
-        objectives: names of objectives.
+        objectives: objectives by their names.
         further: names that this trainer logs beside those of every one.
 
     Raises:
+        TypeError: objectives without names.
         ValueError: a name is taken.
     """
+    if not isinstance(objectives, Mapping):
+        raise TypeError(
+            f"objectives: a {type(objectives).__name__}, expected a mapping of names to objectives, for example "
+            '{"task": TaskLoss(), "attention": SqueezedHeads()}.'
+        )
     for name in objectives:
         if name in _LOGGED | further:
             raise ValueError(f"the trainer logs a value of its own as {name!r}: give the objective another name.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -57,6 +58,44 @@ def find_config(path: str) -> Any:
         found, _ = PreTrainedConfig.get_config_dict(path)
     refuse_loading(found, f"{path}: its configuration's ")
     return AutoConfig.from_pretrained(path, trust_remote_code=False)
+
+
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
+
+
+def check_weights(path: str, stem: str = "model", subfolder: str = "") -> None:
+    """Whether a folder here holds weights in safetensors; none is opened. Of a name on the hub it is not known.
+
+    Args:
+        stem: of the file's name, by the library that writes it.
+        subfolder: where in the folder the model lies.
+
+    Raises:
+        ValueError: there are none, others alone, or not all that an index names.
+    """
+    if not Path(path).is_dir():
+        return
+    place = Path(path) / subfolder
+    whole, index = place / f"{stem}.safetensors", place / f"{stem}.safetensors.index.json"
+    if whole.is_file():
+        return
+    if index.is_file():
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index} is damaged: {error}.") from error
+        missing = [name for name in files if not (place / str(name)).is_file()]
+        if missing:
+            raise ValueError(f"{place} lacks {', '.join(map(str, missing[:3]))}, which {index.name} names.")
+        return
+    others = sorted(p.name for p in place.iterdir() if p.suffix in _OTHER_WEIGHTS) if place.is_dir() else []
+    if others:
+        raise ValueError(
+            f"{place} has no {whole.name}, only {', '.join(others[:3])}, which is not opened: weights are read from "
+            "safetensors alone. If you trust the file, load it with the library that wrote it and save it anew with "
+            "save_pretrained."
+        )
+    raise ValueError(f"{place} has no weights: expected {whole.name}, as save_pretrained writes it.")
 
 
 def refuse_loading(config: Any, where: str, depth: int = 0) -> None:

@@ -9,6 +9,7 @@ import random
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from squeezeheads.adapters import AdaptersOff, load_model
 from squeezeheads.distillation import Distillation
-from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.errors import RecipeError
+from squeezeheads.extras import how_to_install
 from squeezeheads.files import LOCK, part_of, try_writing
 from squeezeheads.objectives import TaskLoss
-from squeezeheads.recipe import DISTILLED, Recipe, dump_recipe
+from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.recipe_models import Models, check_configs
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.tasks.causal import check_causal
@@ -31,7 +33,7 @@ from squeezeheads.training_options import same_environment, training_arguments, 
 
 
 def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = None, free: Sequence[str] = ()) -> None:
-    """One output folder belongs to one recipe: results of different recipes must not mix.
+    """One output folder belongs to one recipe: results of different recipes must not mix. Seeds may be added to it.
 
     Args:
         parts: the parts of the recipe that must agree; all by default.
@@ -49,6 +51,8 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
         if parts is not None:
             different = [key for key in different if key.split(".")[0] in parts]
         different = [key for key in different if not f"{key}.".startswith(tuple(f"{name}." for name in free))]
+        if _adds_seeds(mine, theirs):
+            different = [key for key in different if key != "seeds"]
         if different:
             raise RecipeError(
                 f"output={output} holds a run of another recipe: {', '.join(different)} differ. Choose another folder "
@@ -62,6 +66,22 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
     if parts is None:
         _check_no_links(output)
         _check_writable(output)
+
+
+PACKAGES = ("matplotlib",)
+"""What every run needs at its end, if not before: it draws figures and a page."""
+
+
+def check_packages(task: Task) -> None:
+    """Whether the optional packages are there that a run needs at some time.
+
+    Raises:
+        RecipeError: one is missing; says what brings it.
+    """
+    missing = [name for name in dict.fromkeys((*task.packages, *PACKAGES)) if find_spec(name) is None]
+    if missing:
+        ways = dict.fromkeys(how_to_install(name) for name in missing)
+        raise RecipeError(f"a run needs {' and '.join(missing)}, missing here. {' '.join(ways)}")
 
 
 def _check_no_links(output: Path) -> None:
@@ -83,6 +103,12 @@ def _check_writable(output: Path) -> None:
         raise RecipeError(
             f"output={output} cannot be made or written to: {error}. Choose another folder with --output."
         ) from error
+
+
+def _adds_seeds(mine: Any, theirs: Any) -> bool:
+    """Further students of a run: those that are there stay."""
+    before = theirs.get("seeds") if isinstance(theirs, dict) else None
+    return isinstance(before, list) and all(seed in mine["seeds"] for seed in before)
 
 
 def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:
@@ -109,19 +135,11 @@ def check_models(models: Models, recipe: Recipe, splits: Splits) -> None:
 def _try_models(models: Models, recipe: Recipe, splits: Splits) -> None:
     task = models.task
     args = training_arguments(recipe.training, "training", Path(recipe.output), recipe.seeds[0])
-    try:
-        student = models.new_student(recipe.seeds[0])
-        teachers: dict[str, Any] = {
-            name: AdaptersOff(student) if spec.base_of_student else models.new_teacher(name)
-            for name, spec in recipe.named_teachers.items()
-        }
-    except (OSError, ValueError, ImportError) as error:
-        if isinstance(error, RecipeError):
-            raise
-        raise RecipeError(
-            f"a model cannot be loaded or built: {in_short(error)} Attention is recorded under "
-            'attn_implementation="sdpa" alone.'
-        ) from error
+    student = models.new_student(recipe.seeds[0])
+    teachers: dict[str, Any] = {
+        name: AdaptersOff(student) if spec.base_of_student else models.new_teacher(name)
+        for name, spec in recipe.named_teachers.items()
+    }
     _check_adapted(student, recipe)
     for name, teacher in teachers.items():
         _check_trained(name, student if isinstance(teacher, AdaptersOff) else teacher, recipe)
@@ -195,11 +213,16 @@ def _try_trainers(task: Task, recipe: Recipe, splits: Splits, made: Mapping[str,
                 where = key if whose != "student" or name == DISTILLED else f"{key} of the baseline {name!r}"
                 raise RecipeError(f"{where}: training cannot begin: {_told(error)}") from error
             if not batches:
-                raise RecipeError(
-                    f"{key}.batch_size={spec.batch_size}: the {len(data.samples)} training samples do not fill one "
-                    f"batch, and {key}.arguments.dataloader_drop_last leaves out what does not: no step could be taken."
-                    " Lower the first, or leave out the second."
-                )
+                raise RecipeError(without_steps(spec, key, len(data.samples)))
+
+
+def without_steps(spec: TrainingSpec, key: str, samples: int) -> str:
+    """What is wrong with a training that leaves out batches which are not full, and has no others."""
+    return (
+        f"{key}.batch_size={spec.batch_size}: the {samples} training samples do not fill one batch, and "
+        f"{key}.arguments.dataloader_drop_last leaves out what does not: no step could be taken. Lower the first, or "
+        "leave out the second."
+    )
 
 
 def _check_trained(name: str, teacher: PreTrainedModel, recipe: Recipe) -> None:

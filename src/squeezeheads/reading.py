@@ -27,6 +27,24 @@ def read_text(path: Path) -> str:
         ) from error
 
 
+def first_object(path: Path) -> tuple[str, dict[str, Any]] | None:
+    """The first object of a JSONL file, as ``read_jsonl`` gives it; the rest is not read.
+
+    Raises:
+        RecipeError: as ``read_jsonl``, of what was read.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    return _object(line, f"{path}, line {number}")
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError:
+        read_text(path)  # which says where
+    return None
+
+
 def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSONL file, each with its place ("FILE, line N") for messages; empty lines are no objects.
 
@@ -36,11 +54,14 @@ def read_jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
-        place = f"{path}, line {number}"
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise RecipeError(f"{place}: no valid JSON ({error}). Expected one object a line.") from error
-        if not isinstance(value, dict):
-            raise RecipeError(f"{place}: a JSON {type(value).__name__}. Expected one object a line.")
-        yield place, value
+        yield _object(line, f"{path}, line {number}")
+
+
+def _object(line: str, place: str) -> tuple[str, dict[str, Any]]:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecipeError(f"{place}: no valid JSON ({error}). Expected one object a line.") from error
+    if not isinstance(value, dict):
+        raise RecipeError(f"{place}: a JSON {type(value).__name__}. Expected one object a line.")
+    return place, value

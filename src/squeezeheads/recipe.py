@@ -326,6 +326,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     from jsonargparse import ArgumentError
 
+    if Path(path).is_dir():
+        raise RecipeError(f"{path}: a folder. Expected a recipe, a YAML file.")
     if not Path(path).is_file():
         raise RecipeError(f"{path}: no such recipe. Expected a YAML file; `squeezeheads demo` runs a shipped one.")
     _refuse_imports(Path(path), overrides)

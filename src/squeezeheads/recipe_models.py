@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel, set_seed
 
 from squeezeheads.adapters import add_lora
-from squeezeheads.errors import RecipeError
-from squeezeheads.recipe import Recipe
+from squeezeheads.errors import RecipeError, in_short
+from squeezeheads.recipe import ModelSpec, Recipe
 from squeezeheads.tasks import Task
 
 TEACHER_SEED = 0
@@ -70,25 +72,47 @@ class Models:
 
     def new_teacher(self, name: str) -> PreTrainedModel:
         """The pretrained teacher, or one with random weights."""
-        spec = self.recipe.named_teachers[name]
-        if spec.path is not None:
-            return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
-        set_seed(TEACHER_SEED)
-        return self.task.build(copy.deepcopy(self.teacher_configs[name]), spec.attn_implementation, spec.dtype)
+        spec, key = self.recipe.named_teachers[name], self.recipe.teacher_key(name)
+        with self._making(spec, key):
+            if spec.path is not None:
+                return self.task.load(spec.path, spec.attn_implementation, spec.dtype)
+            set_seed(TEACHER_SEED)
+            return self.task.build(copy.deepcopy(self.teacher_configs[name]), spec.attn_implementation, spec.dtype)
 
     def new_student(self, seed: int) -> PreTrainedModel:
         """A student as it is before training: the same for every set of objectives."""
         spec = self.recipe.student
         set_seed(seed)  # a pretrained student too: a head that its checkpoint lacks is drawn at random
-        if spec.path is None:
-            return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
-        model = self.task.load(spec.path, spec.attn_implementation, spec.dtype)
+        with self._making(spec, "student"):
+            if spec.path is None:
+                return self.task.build(copy.deepcopy(self.student_config), spec.attn_implementation, spec.dtype)
+            model = self.task.load(spec.path, spec.attn_implementation, spec.dtype)
         if spec.lora is None:
             return model
         try:
             return add_lora(model, spec.lora)
         except (ImportError, ValueError) as error:
             raise RecipeError(f"student.lora: {error}") from error
+
+    @contextmanager
+    def _making(self, spec: ModelSpec, key: str) -> Iterator[None]:
+        """
+        Raises:
+            RecipeError: whatever a library raises that cannot load or build the model; names the key.
+        """
+        try:
+            if spec.path is not None:
+                self.task.check_weights(spec.path, f"{key}.path")
+            yield
+        except RecipeError as error:
+            raise error if str(error).startswith(key) else type(error)(f"{key}: {error}") from error
+        except Exception as error:  # what libraries raise is their own matter
+            what = f"{key}.path={spec.path!r} cannot be loaded" if spec.path else f"{key}.config cannot be built"
+            told = in_short(error) or type(error).__name__
+            if spec.attn_implementation != "sdpa":
+                what += f" with attn_implementation={spec.attn_implementation!r}"
+                told += ' Attention is recorded under attn_implementation="sdpa" alone.'
+            raise RecipeError(f"{what}: {told}") from error
 
 
 def check_configs(models: Models) -> None:

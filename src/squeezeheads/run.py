@@ -38,7 +38,7 @@ from squeezeheads.evaluate import evaluate
 from squeezeheads.evaluation import attention_fidelity, measure_squeezing
 from squeezeheads.files import finite, read_json, store_json, store_text, working_in
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
-from squeezeheads.preflight import check_models, check_output
+from squeezeheads.preflight import check_models, check_output, check_packages
 from squeezeheads.recipe import DISTILLED, Recipe, TeacherSpec, TrainingSpec, dump_recipe, folder_name
 from squeezeheads.recipe_models import TEACHER_SEED, Models
 from squeezeheads.reports.figures import attention_figures
@@ -159,6 +159,7 @@ def _started(recipe: Recipe, console: Console, held: ExitStack) -> _Run:
     there = output.is_dir()
     if there:  # a new one is made when all is checked
         _work_alone(output, held)
+    check_packages(recipe.chosen_task)
     check_training(recipe)
     models, splits = models_and_data(recipe, console)
     prints = check_data(models.task, splits, output)

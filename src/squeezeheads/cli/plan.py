@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 
 from squeezeheads.cli.arguments import asks_for_help, only_recipe, split_arguments
+from squeezeheads.errors import RecipeError
 from squeezeheads.files import finite
 
 HELP = """usage: squeezeheads plan RECIPE [--json] [--memory SIZE] [--key VALUE ...]
@@ -29,8 +30,21 @@ def main(arguments: Sequence[str]) -> int:
     if asks_for_help(arguments):
         print(HELP, end="")
         return 0
-    as_json = "--json" in arguments
-    words, options = split_arguments([argument for argument in arguments if argument != "--json"])
+    if "--json" not in arguments:
+        return _plan(arguments, as_json=False)
+    rest = [argument for argument in arguments if argument != "--json"]
+    try:
+        return _plan(rest, as_json=True)
+    except RecipeError as error:  # whoever reads JSON gets it for a file that is none too
+        from squeezeheads.planning import Plan, Problem
+
+        plan = Plan(next((word for word in rest if not word.startswith("--")), ""), [Problem(str(error))])
+        print(json.dumps(plan.to_json(), allow_nan=False))
+        return 2
+
+
+def _plan(arguments: Sequence[str], as_json: bool) -> int:
+    words, options = split_arguments(arguments)
     own = "--memory="
     sizes = [option.removeprefix(own) for option in options if option.startswith(own)]
     overrides = [option for option in options if not option.startswith(own)]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from squeezeheads.diffusion.denoiser import DenoiserConfig, build_model, model_types
-from squeezeheads.errors import RecipeError, check_count, similar
+from squeezeheads.errors import RecipeError, check_count, in_short, similar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -47,8 +47,8 @@ def new_config(
     try:
         with torch.device("meta"):
             model = build_model(DenoiserConfig(model_type, merged))
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, ZeroDivisionError) as error:
-        raise RecipeError(f"{key}: {kind.__name__} refuses these options: {error}") from error
+    except Exception as error:  # what a model raises is its own matter
+        raise RecipeError(f"{key}: {kind.__name__} refuses these options: {in_short(error)}") from error
     size, patch = merged["sample_size"], model.config.patch_size  # type: ignore[union-attr]
     if size % patch:
         raise RecipeError(f"{key}: sample_size={size} is no multiple of patch_size={patch}: choose one that divides.")

@@ -28,10 +28,7 @@ def check_harness(tasks: Sequence[str], folder: str | None) -> None:
     Raises:
         RecipeError: lm-eval is not installed, no such folder or task, a task or its data that cannot be loaded.
     """
-    if find_spec("lm_eval") is None:
-        raise RecipeError("lm_eval_tasks needs the package lm-eval: pip install 'squeezeheads[eval]'.")
-    if folder is not None and not Path(folder).is_dir():
-        raise RecipeError(f"lm_eval_folder={folder}: no such folder. Expected one with YAML files of lm-eval tasks.")
+    check_installed(folder)
     with _quiet(folder):
         manager = _manager(folder)
         for name in tasks:
@@ -48,6 +45,18 @@ def check_harness(tasks: Sequence[str], folder: str | None) -> None:
                 f"{' '.join(str(error).split())} Files of a task's data are looked for from the folder that the "
                 "command is run in."
             ) from error
+
+
+def check_installed(folder: str | None) -> None:
+    """Whether lm-eval and a folder of tasks are there. Their names take lm-eval many seconds to list.
+
+    Raises:
+        RecipeError: they are not.
+    """
+    if find_spec("lm_eval") is None:
+        raise RecipeError("lm_eval_tasks needs the package lm-eval: pip install 'squeezeheads[eval]'.")
+    if folder is not None and not Path(folder).is_dir():
+        raise RecipeError(f"lm_eval_folder={folder}: no such folder. Expected one with YAML files of lm-eval tasks.")
 
 
 def run_harness(

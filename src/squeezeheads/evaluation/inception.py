@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -12,6 +13,28 @@ from squeezeheads.evaluation.image_metrics import frechet_distance
 
 SPATIAL_CHANNELS = 7
 """Of the Inception network's spatial features that sFID goes by."""
+
+
+NEEDED = ("torchmetrics", "torch_fidelity")
+
+
+def check_installed() -> None:
+    """
+    Raises:
+        RecipeError: a package of these metrics is missing.
+    """
+    missing = [name for name in NEEDED if find_spec(name) is None]
+    if missing:
+        raise RecipeError(
+            f"FID, sFID and Inception score need torchmetrics, torch-fidelity and the weights that it downloads: "
+            f"{' and '.join(missing)} missing. {_WAY_OUT}"
+        )
+
+
+_WAY_OUT = (
+    "Install them with pip install torchmetrics torch-fidelity, or set sampling.inception to false: the Fréchet "
+    "distance on other features needs neither."
+)
 
 
 class InceptionMetrics:
@@ -38,8 +61,7 @@ class InceptionMetrics:
         except (ImportError, OSError) as error:
             raise RecipeError(
                 f"FID, sFID and Inception score need torchmetrics, torch-fidelity and the weights that it downloads: "
-                f"{error} Install them with pip install torchmetrics torch-fidelity, or set sampling.inception to "
-                "false: the Fréchet distance on other features needs neither."
+                f"{error} {_WAY_OUT}"
             ) from error
         self._maps: dict[bool, list[Tensor]] = {}
         self.reset()

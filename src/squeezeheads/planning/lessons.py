@@ -35,6 +35,8 @@ class Lesson:
     objective: Objective
     teachers: list[str]
     """The teachers that it learns from."""
+    unit: str = ""
+    """Of its value; empty: the objective's own."""
     layers: list[dict[str, Any]] = field(default_factory=list)
     """Student layer and teacher layer of each pair; of squeezed heads also ``groups``, ``None`` where they are found
     on data, the teacher's ``heads``, and ``tokens`` in words."""
@@ -56,7 +58,7 @@ class Lesson:
             "kind": type(o).__name__,
             "weight": o.weight,
             "decay": o.decay,
-            "unit": o.unit,
+            "unit": self.unit or o.unit,
             "teachers": self.teachers,
             "schedule": getattr(o, "schedule", None),
             "weights": getattr(o, "weights", None),

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from squeezeheads.adapters import add_lora
 from squeezeheads.errors import RecipeError, in_short
 from squeezeheads.named_models import check_attention
+from squeezeheads.objectives import TaskLoss
 from squeezeheads.planning.costs import FLOAT, Memory, in_bytes, step_flops
 from squeezeheads.planning.lessons import Lesson, plan_lesson, sources_of
 from squeezeheads.planning.problems import Problem, Problems
 from squeezeheads.planning.reading import read_with_problems
 from squeezeheads.planning.shapes import Shape, saved_bytes, shape_of, try_forward
-from squeezeheads.preflight import FOREIGN, as_in_training, check_output
+from squeezeheads.preflight import FOREIGN, as_in_training, check_output, check_packages, without_steps
 from squeezeheads.recipe import DISTILLED, ModelSpec, Recipe, TrainingSpec
 from squeezeheads.recipe_models import student_config, teacher_config, vocabulary
 from squeezeheads.recording import RecordingError
@@ -91,6 +92,7 @@ def plan_recipe(
     plan = Plan(str(path), problems.found, problems.notes, memory_given=memory)
     if recipe is not None:
         _Planning(recipe, problems, plan).carry_out()
+    problems.sort()
     return plan
 
 
@@ -114,7 +116,13 @@ class _Planning:
 
     def carry_out(self) -> None:
         with self.problems.noting(("output",), exact=True):
-            check_output(Path(self.recipe.output), self.recipe)
+            # Of a recipe that is read in part it cannot be told whether the folder's run is its own.
+            unknown = [f.name for f in dataclasses.fields(Recipe)] if self.problems.found else []
+            check_output(Path(self.recipe.output), self.recipe, free=unknown)
+        with self.problems.noting():
+            check_packages(self.task)
+        if not self.recipe.baselines:
+            self.problems.note("No baselines: the run cannot tell what distilling gained.")
         self._sketch_data()
         self._make_models()
         self._check_training()
@@ -131,6 +139,9 @@ class _Planning:
             for tried in [spec, dataclasses.replace(spec, precision="fp32")][: 1 + self.problems.elsewhere]:
                 with self.problems.noting(tuple(key.split("."))):
                     check_options(tried, key, seed, model)
+            samples = self.sketch.train_samples
+            if samples is not None and samples < spec.batch_size and spec.arguments.get("dataloader_drop_last"):
+                self.problems.add(without_steps(spec, key, samples), tuple(key.split(".")))
 
     def _sketch_data(self) -> None:
         recipe = self.recipe
@@ -140,11 +151,15 @@ class _Planning:
         except (OSError, ValueError):  # no name of a folder, which has been told
             made = None
         known = {name: self._known(spec.path) for name, spec in recipe.named_teachers.items()}
-        pretrained = Pretrained(known, self._known(recipe.student.path), None if made is None else str(made))
-        sketch = self.task.sketch_data(pretrained)
+        known_student = self._known(recipe.student.path)
+        named = [spec.path for spec in self.specs.values()]
+        missing = len([p for p in named if p]) > len([p for p in (*known.values(), known_student) if p])
+        pretrained = Pretrained(known, known_student, None if made is None else str(made), missing)
+        self.sketch = sketch = self.task.sketch_data(pretrained)
         for key, message in sketch.problems:
             self.problems.add(message, ("task", self.name, *([key] if key else [])))
-        self.plan.notes += sketch.notes
+        for note in sketch.notes:
+            self.problems.note(note)
         size = recipe.training.batch_size
         self.plan.data = {"task": self.name, "samples": sketch.tokens, "batch_size": size}
 
@@ -170,11 +185,18 @@ class _Planning:
             with self.problems.noting(("student", "path" if recipe.student.path else "config")):
                 configs["student"] = student_config(task, recipe, base)
         else:
-            self.plan.notes.append("The student is changes to the teacher's configuration, so it is not known either.")
+            self.problems.note("The student is changes to the teacher's configuration, so it is not known either.")
         for key, config in configs.items():
-            with self.problems.noting(tuple(key.split("."))):
-                task.check_model(config, key)
+            spec = self.specs[key]
+            if not self.sketch.assumed:  # else that a model is for other data says nothing
+                with self.problems.noting(tuple(key.split("."))):
+                    task.check_model(config, key)
+            if spec.path is not None and not getattr(spec, "base_of_student", False):
+                with self.problems.noting((*key.split("."), "path")):
+                    task.check_weights(spec.path, f"{key}.path")
             self._make_model(key, config)
+        for remark in task.remarks(configs["student"]) if "student" in configs else []:
+            self.problems.note(remark)
         for key, shape in self.shapes.items():
             heads = sorted({(r.num_heads, r.num_key_value_heads) for r in shape.layers})
             self.plan.models.append(
@@ -237,7 +259,7 @@ class _Planning:
         except RecordingError as error:
             self.problems.add(f"{key}: {error}", (*key.split("."), "attn_implementation"))
         except Exception as error:  # a model may ask for numbers, which shapes have none of
-            self.plan.notes.append(
+            self.problems.note(
                 f"{key}: {type(model).__name__} cannot be run without weights ({in_short(error, 120)}), so what is "
                 "learned from it is not shown; the run tries it with its weights first."
             )
@@ -260,6 +282,8 @@ class _Planning:
                 with self.problems.noting(key):
                     self.task.check_objective(objective, ".".join(key))
                 lesson = Lesson(arm, name, objective, [])
+                if isinstance(objective, TaskLoss):
+                    lesson.unit = self.task.unit
                 self.lessons.append(lesson)
                 try:
                     lesson.teachers = sources_of(name, objective, list(self.recipe.named_teachers))
@@ -269,7 +293,7 @@ class _Planning:
                         continue
                     plan_lesson(lesson, student, known, self._batch(), self.task)
                 except NotImplementedError:
-                    self.plan.notes.append(f"{'.'.join(key)} cannot be tried without weights.")
+                    self.problems.note(f"{'.'.join(key)} cannot be tried without weights.")
                 except FOREIGN as error:
                     self.problems.add(f"{'.'.join(key)}: {in_short(error, 600)}", key)
         self.plan.objectives = [lesson.to_json() for lesson in self.lessons]
@@ -288,7 +312,7 @@ class _Planning:
             if teacher.training is not None and shape is not None and shape.tried:
                 self._note_memory(f"teacher {name}", f"{key}.training", key, shape, teacher.training, [])
         if student is None or not student.tried:
-            self.plan.notes.append("Costs are not estimated: the student is not known.")
+            self.problems.note("Costs are not estimated: the student is not known.")
             return
         arms = {arm: [lesson for lesson in self.lessons if lesson.arm == arm] for arm in self.recipe.arms}
         dearest = max(arms.values(), key=lambda lessons: self._distillation_bytes(lessons)[0])
@@ -326,7 +350,7 @@ class _Planning:
         try:
             activations = saved_bytes(shape.model, batch, spec.precision, checkpointed)
         except Exception as error:  # a model may ask for numbers, which shapes have none of
-            self.plan.notes.append(f"{name}: memory is not estimated ({in_short(error, 120)}).")
+            self.problems.note(f"{name}: memory is not estimated ({in_short(error, 120)}).")
             return
         ours, fixed = self._distillation_bytes(lessons)
         projectors = sum(lesson.projector_numbers for lesson in lessons)

@@ -126,6 +126,15 @@ class Problems:
         if all(problem.message != other.message for other in self.found):
             self.found.append(problem)
 
+    def sort(self) -> None:
+        """What the command line says first, then by line, then what stands nowhere."""
+
+        def order(problem: Problem) -> tuple[int, int]:
+            line = re.search(r":(\d+)$", problem.place or "")
+            return (1, int(line[1])) if line else (2 if problem.place is None else 0, 0)
+
+        self.found.sort(key=order)
+
     @contextmanager
     def noting(self, key: Sequence[str] = (), exact: bool = False) -> Iterator[None]:
         """A ``RecipeError`` in the block becomes a problem, or a note; what follows it in the block is left out."""

@@ -44,6 +44,8 @@ class Pretrained:
     student: str | None = None
     made: str | None = None
     """Folder in which an earlier start of the run kept what ``Task.save_made`` wrote, where there was one."""
+    missing: bool = False
+    """Whether the recipe names a model that is not there, and is left out here."""
 
 
 @dataclass
@@ -76,6 +78,10 @@ class Task:
     """The metric of ``score`` by which the best student is kept, on the validation split."""
     selection_is_loss: ClassVar[bool] = False
     """Whether less of ``selection`` is better."""
+    unit: ClassVar[str] = "nats per prediction"
+    """Of the models' own loss."""
+    packages: ClassVar[tuple[str, ...]] = ()
+    """Optional packages, as they are imported, that every run of the task needs at some time."""
     adapters: ClassVar[bool] = True
     """Whether a student may be an adapter of a pretrained model (PEFT)."""
     measuring: ClassVar[frozenset[str]] = frozenset()
@@ -150,6 +156,18 @@ class Task:
             RecipeError: there is none; names ``key``.
         """
         return modeling.pretrained_config(path, key)
+
+    def check_weights(self, path: str, key: str) -> None:
+        """Whether a pretrained model's weights are there, where it is a folder here. Opens none.
+
+        Raises:
+            RecipeError: they are not; names ``key``.
+        """
+        modeling.check_weights(path, key)
+
+    def remarks(self, config: Any) -> list[str]:
+        """What should be known of a plan for a student of this configuration, a sentence each."""
+        return []
 
     def check_objective(self, objective: Objective, key: str) -> None:
         """Whether an objective makes sense for this task.

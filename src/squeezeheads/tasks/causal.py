@@ -65,14 +65,21 @@ def sketch_tokenizer(
 ) -> tuple[PreTrainedTokenizerBase, int]:
     """The tokenizer of a task before any text is read, and for how many tokens new models are made. In place of one
     that is still to be learned, or that is not there, stands one of plain bytes, and ``vocabulary_size`` at most."""
-    makes = makes_tokenizer(own, pretrained)
-    if not makes or pretrained.made is not None:
+    found = None
+    if makes_tokenizer(own, pretrained) and pretrained.missing:
+        # That a model is not there is told with the models; its tokenizer may be beside it.
+        sketch.notes.append(
+            f"The tokenizer is that of a model that is not there: {vocabulary_size} tokens are assumed."
+        )
+        sketch.assumed = True
+    elif makes_tokenizer(own, pretrained) and pretrained.made is None:
+        sketch.notes.append(f"The tokenizer is learned when the run starts: {vocabulary_size} tokens at most.")
+    else:
         with sketch.noting("tokenizer" if own is not None else ""):
             tokenizer = choose_tokenizer(own, pretrained, lambda: (), vocabulary_size)
-            return tokenizer, shared_vocabulary(tokenizer, pretrained)
-    if makes:
-        sketch.notes.append(f"The tokenizer is learned when the run starts: {vocabulary_size} tokens at most.")
-    return train_byte_bpe((), SMALLEST_VOCABULARY), vocabulary_size
+            found = tokenizer, shared_vocabulary(tokenizer, pretrained)
+        sketch.assumed = found is None
+    return found or (train_byte_bpe((), SMALLEST_VOCABULARY), vocabulary_size)
 
 
 def check_token_model(config: PreTrainedConfig, whose: str, tokenizer: PreTrainedTokenizerBase, length: int) -> None:

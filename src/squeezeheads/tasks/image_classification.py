@@ -21,7 +21,7 @@ from squeezeheads.named_models import check_attention, find_config
 from squeezeheads.tasks.augmentation import Augmentation, erase, mix, seeded, smoothed
 from squeezeheads.tasks.base import Pretrained, Splits, Task
 from squeezeheads.tasks.hub_data import HUB
-from squeezeheads.tasks.image_headers import pretrained_classes, sketch_images
+from squeezeheads.tasks.image_headers import pretrained_classes, sketch_images, sketch_splits
 from squeezeheads.tasks.images import DIGITS, Sample, Samples, SplitPlan, check_class_order, read_images
 from squeezeheads.tasks.sketch import Sketch
 from squeezeheads.tasks.timm_models import MODEL_TYPE, fit_to_images, to_timm_format
@@ -72,6 +72,7 @@ class ImageClassification(Task):
     augmentation: Augmentation = field(default_factory=Augmentation)
     """Random changes to training images; teacher and student see the same."""
 
+    packages: ClassVar[tuple[str, ...]] = ("sklearn",)  # splits are drawn by it
     metric: ClassVar[str] = "accuracy"
     selection: ClassVar[str] = "accuracy"
 
@@ -130,9 +131,7 @@ class ImageClassification(Task):
 
     def load_data(self, pretrained: Pretrained) -> Splits:
         found = read_images(self.data, self.image_column, self.label_column)
-        limits = {"train": self.max_train, "validation": self.max_validation, "test": self.max_test}
-        plan = SplitPlan(self.validation_size, self.test_size, self.test_split, self.split_seed, limits)
-        parts = plan.apply(found)
+        parts = self._split_plan.apply(found)
         self._classes = found["train"].classes
         self._view = self._find_view(found["train"], pretrained)
         self.augmentation.check(self._view.channels)
@@ -143,12 +142,19 @@ class ImageClassification(Task):
             test=Samples(parts["test"], channels, False),
         )
 
+    @property
+    def _split_plan(self) -> SplitPlan:
+        limits = {"train": self.max_train, "validation": self.max_validation, "test": self.max_test}
+        return SplitPlan(self.validation_size, self.test_size, self.test_split, self.split_seed, limits)
+
     def sketch_data(self, pretrained: Pretrained) -> Sketch:
-        """By the names and headers of the images' files, and the pretrained models' image processors."""
+        """By the names and headers of the images' files, labels where they lie apart, and the pretrained models' image
+        processors."""
         sketch = Sketch()
         known = pretrained_classes(pretrained, self)
         found = sketch_images(self.data, self.image_column, self.label_column, known, sketch)
         self._classes = found.classes
+        sketch_splits(self._split_plan, found, sketch)
         try:
             self._view = self._find_view(found, pretrained)
         except RecipeError as error:

@@ -21,7 +21,7 @@ from squeezeheads.objectives import Objective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.tasks import modeling
 from squeezeheads.tasks.base import Pretrained, Splits, Task, TrainingData
-from squeezeheads.tasks.image_headers import pretrained_classes, sketch_images
+from squeezeheads.tasks.image_headers import pretrained_classes, sketch_images, sketch_splits
 from squeezeheads.tasks.images import SplitPlan, check_class_order, evenly, read_images
 from squeezeheads.tasks.sketch import Sketch
 
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
     from squeezeheads.diffusion.draws import Noising
     from squeezeheads.diffusion.pipeline import ClassConditionalPipeline
     from squeezeheads.evaluation.inception import InceptionMetrics
+
+DIFFUSERS_STEM = "diffusion_pytorch_model"
+"""Of the files in which diffusers keeps weights."""
 
 MEASURE_SEED = 2**31
 """Draws of validation and test: those of no training, whose seeds are smaller in every recipe that is likely."""
@@ -75,6 +78,8 @@ class ImageGeneration(Task):
     """Folder or hub name of an image classifier of transformers for the same classes: how many generated images it puts
     into the class that was asked for."""
 
+    packages: ClassVar[tuple[str, ...]] = ("sklearn", "diffusers")
+    unit: ClassVar[str] = "squared error per element"
     metric: ClassVar[str] = "noise_error"
     selection: ClassVar[str] = "noise_error"
     selection_is_loss: ClassVar[bool] = True
@@ -114,12 +119,10 @@ class ImageGeneration(Task):
         from squeezeheads.diffusion.draws import SeededImages
 
         found = read_images(self.data, self.image_column, self.label_column)
-        limits = {"train": None, "validation": self.validation_size, "test": self.test_size}
-        plan = SplitPlan(self.validation_size, self.test_size, self.test_split, self.split_seed, limits)
-        parts = plan.apply(found)
+        parts = self._split_plan.apply(found)
         size = self.image_size or found["train"].own_size
         if size is None:
-            raise RecipeError(f"data={self.data!r} has images of several sizes, or no squares: give image_size.")
+            raise RecipeError(self._without_size)
         self._class_names = found["train"].classes
         self._classes = len(self._class_names)
         channels = found["train"].own_channels
@@ -141,19 +144,40 @@ class ImageGeneration(Task):
         self._parts = list(zip(splits, parts.values(), strict=True))
         return Splits(splits[0], splits[1], splits[2])
 
+    @property
+    def _split_plan(self) -> SplitPlan:
+        limits = {"train": None, "validation": self.validation_size, "test": self.test_size}
+        return SplitPlan(self.validation_size, self.test_size, self.test_split, self.split_seed, limits)
+
+    @property
+    def _without_size(self) -> str:
+        return (
+            f"data={self.data!r}: its images are no squares of one size, or are files that are decoded one by one, "
+            "whose sizes are not known before. Give image_size, to which they are scaled and cropped."
+        )
+
     def sketch_data(self, pretrained: Pretrained) -> Sketch:
-        """By the names and headers of the images' files, and the autoencoder's configuration."""
+        """By the names and headers of the images' files, labels where they lie apart, and configurations of autoencoder
+        and judges."""
         from squeezeheads.diffusion.latents import latent_shape
 
         sketch = Sketch()
         known = pretrained_classes(pretrained, self)
         found = sketch_images(self.data, self.image_column, self.label_column, known, sketch)
         self._class_names, self._classes, self._levels = found.classes, len(found.classes), found.white + 1
+        parts = sketch_splits(self._split_plan, found, sketch)
+        if "test" in parts:
+            with sketch.noting("sampling.images"):
+                self._check_images(len(parts["test"].indices))
+        if self.sampling.images != 0 and self.sampling.inception:
+            from squeezeheads.evaluation.inception import check_installed
+
+            with sketch.noting("sampling.inception"):
+                check_installed()
         size = self.image_size or found.own_size
         if size is None:
-            if not sketch.problems:
-                told = f"data={self.data!r}: whether all images are squares of one size is seen later. Give image_size."
-                sketch.problems.append(("image_size", told))
+            if not sketch.assumed:
+                sketch.problems.append(("image_size", self._without_size))
             size = 64
             sketch.notes.append(f"Images of {size} × {size} pixels are assumed.")
         self._shape = (found.own_channels, size)
@@ -162,6 +186,8 @@ class ImageGeneration(Task):
             before = len(sketch.problems)
             with sketch.noting("autoencoder"):
                 self._shape = latent_shape(self.autoencoder, size)
+                place = "vae" if (Path(self.autoencoder) / "model_index.json").is_file() else ""
+                modeling.check_weights(self.autoencoder, "autoencoder", DIFFUSERS_STEM, place)
             if len(sketch.problems) > before:
                 told = f"{self._shape[0]} × {self._shape[1]} × {self._shape[1]}"
                 sketch.notes.append(f"Latents of {told} are assumed, as of Stable Diffusion's autoencoder.")
@@ -171,10 +197,9 @@ class ImageGeneration(Task):
             if path is not None and path != "pixels":
                 with sketch.noting(key):
                     modeling.pretrained_config(path, key)
+                    modeling.check_weights(path, key)
         channels, side = self._shape
         what = "images" if self._pixels else "latents"
-        if self.diffusion.mask_ratio:
-            sketch.notes.append("Of an MDT the pass that sees all tokens is shown; its masked pass sees fewer.")
         sketch.tokens = f"{what} of {channels} × {side} × {side}, {self._classes} classes"
         return sketch
 
@@ -336,6 +361,16 @@ class ImageGeneration(Task):
                 f"{whose} has out_channels={config.options['out_channels']}: expected {channels}, or {2 * channels} "
                 "with a learned variance."
             )
+
+    def check_weights(self, path: str, key: str) -> None:
+        """Of the model itself, or of the one in a pipeline."""
+        place = "transformer" if (Path(path) / "model_index.json").is_file() else ""
+        modeling.check_weights(path, key, DIFFUSERS_STEM, place)
+
+    def remarks(self, config: DenoiserConfig) -> list[str]:
+        if config.model_type != "mdt" or not self.diffusion.mask_ratio:
+            return []
+        return ["Of an MDT the pass that sees all tokens is shown; its masked pass sees fewer."]
 
     def check_objective(self, objective: Objective, key: str) -> None:
         if isinstance(objective, LogitObjective):

@@ -166,15 +166,15 @@ def read_images(source: str, image_column: str | None, label_column: str | None)
     if source == DIGITS:
         return {"train": _digits()}
     if source.startswith(HUB):
-        return _of_data_sets(_from_hub(source), source, image_column, label_column)
+        return of_data_sets(_from_hub(source), source, image_column, label_column)
     folder = Path(source)
     if not folder.is_dir():
         raise RecipeError(f"data={source!r}: there is no such folder.")
     if any(IDX_FILES.fullmatch(path.name) for path in folder.iterdir()):
         return _from_idx(folder)
     if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
-        return _of_data_sets(load_saved(source), source, image_column, label_column)
-    return _of_data_sets(_from_image_folder(folder), source, image_column, label_column)
+        return of_data_sets(load_saved(source), source, image_column, label_column)
+    return of_data_sets(_from_image_folder(folder), source, image_column, label_column)
 
 
 def _digits() -> ArrayImages:
@@ -274,9 +274,14 @@ def _from_hub(source: str) -> Mapping[str, Any]:
         raise RecipeError(f"data={source!r}: cannot be loaded: {error}") from error
 
 
-def _of_data_sets(
+def of_data_sets(
     splits: Mapping[str, Any], source: str, image_column: str | None, label_column: str | None
 ) -> dict[str, ImageSet]:
+    """The splits of a data set, of which labels alone are read.
+
+    Raises:
+        RecipeError: as in ``read_images``.
+    """
     import datasets
 
     found: dict[str, ImageSet] = {}
@@ -505,6 +510,8 @@ __all__ = [
     "SplitPlan",
     "check_class_order",
     "evenly",
+    "load_saved",
+    "of_data_sets",
     "read_idx",
     "read_images",
 ]

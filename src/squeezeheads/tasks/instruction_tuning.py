@@ -25,8 +25,8 @@ from squeezeheads.tasks.causal import (
     token_config,
     token_example,
 )
-from squeezeheads.tasks.instructions import Request, alpaca_text, chat_text, read_requests
-from squeezeheads.tasks.sketch import Sketch
+from squeezeheads.tasks.instructions import Request, alpaca_text, chat_text, read_requests, request_of
+from squeezeheads.tasks.sketch import Sketch, refuse_shared
 from squeezeheads.tasks.text import JSONL, Documents, find_files, hold_out, refuse_overlap, refuse_tables
 from squeezeheads.tasks.tokenization import (
     SMALLEST_VOCABULARY,
@@ -149,12 +149,17 @@ class InstructionTuning(Task):
         return Splits(samples["train"], samples["validation"], samples["test"], notices)
 
     def sketch_data(self, pretrained: Pretrained) -> Sketch:
-        """By the tokenizer's files; of the requests, whether their files are there."""
+        """By the tokenizer's files; of the requests, whether their files are there, each in one split, and the first of
+        each source is one."""
         sketch = Sketch(tokens=f"prompt and response, {self.max_length} tokens at most")
         with sketch.noting(""):
             _check_rouge()
-        for split in ("train", "validation", "test"):
-            sketch.look_for(getattr(self, split), split, [f"*{suffix}" for suffix in JSONL], EXPECTED)
+        patterns = [f"*{suffix}" for suffix in JSONL]
+        found = {
+            split: sketch.look_for(getattr(self, split), split, patterns, EXPECTED, look_at=request_of)
+            for split in ("train", "validation", "test")
+        }
+        refuse_shared(sketch, found)
         self._tokenizer, self._vocabulary = sketch_tokenizer(self.tokenizer, pretrained, self.vocabulary_size, sketch)
         if not sketch.problems:  # else it may be another tokenizer
             with sketch.noting("format"):

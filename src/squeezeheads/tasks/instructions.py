@@ -66,13 +66,21 @@ def read_requests(path: str) -> list[Request]:
         RecipeError: a file that cannot be read, no JSON, an object of neither kind, no request at all; names file and
             line.
     """
-    requests = [_request(item, source) for source, item in read_jsonl(Path(path))]
+    requests = [request_of(item, source) for source, item in read_jsonl(Path(path))]
     if not requests:
         raise RecipeError(f"{path} holds no request: expected a JSON object on each line.")
     return requests
 
 
-def _request(item: Mapping[str, Any], source: str) -> Request:
+def request_of(item: Mapping[str, Any], source: str) -> Request:
+    """The request of one object.
+
+    Args:
+        source: file and line, for messages.
+
+    Raises:
+        RecipeError: it is none.
+    """
     if "messages" in item and "instruction" not in item:
         return _from_messages(item["messages"], source)
     if "instruction" in item and "messages" not in item:

@@ -24,7 +24,7 @@ from squeezeheads.tasks.causal import (
     token_config,
     token_example,
 )
-from squeezeheads.tasks.sketch import Sketch
+from squeezeheads.tasks.sketch import Sketch, refuse_shared
 from squeezeheads.tasks.text import TextSource, find_files, hold_out, refuse_overlap, shared_documents, take
 from squeezeheads.tasks.tokenization import (
     SMALLEST_VOCABULARY,
@@ -189,10 +189,21 @@ class LanguageModeling(Task):
         return Splits(blocks["train"], blocks["validation"], blocks["test"], notices)
 
     def sketch_data(self, pretrained: Pretrained) -> Sketch:
-        """By the tokenizer's files; of the texts, whether their files are there."""
+        """By the tokenizer's files; of the texts, whether their files are there, each in one split, and have the text
+        where it is looked for."""
         sketch = Sketch(tokens=f"blocks of {self.block_size} tokens")
-        for split in SPLITS:
-            sketch.look_for(getattr(self, split), split, self.patterns)
+        look_at = TextSource(self.patterns, self.text_field).text_of
+        named = {split: getattr(self, split) for split in SPLITS}
+        found = {
+            split: sketch.look_for(sources, split, self.patterns, look_at=look_at, text_field=self.text_field)
+            for split, sources in named.items()
+        }
+        refuse_shared(sketch, found)
+        if self.lm_eval_tasks:
+            from squeezeheads.evaluation.harness import check_installed
+
+            with sketch.noting("lm_eval_tasks"):
+                check_installed(self.lm_eval_folder)
         sketch.look_for(self.minimal_pairs, "minimal_pairs", ["*.jsonl"], "a JSONL file, a folder, a glob")
         self._tokenizer, self._vocabulary = sketch_tokenizer(self.tokenizer, pretrained, self.vocabulary_size, sketch)
         self._longest_sentence = 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from squeezeheads import named_models
 from squeezeheads.errors import RecipeError, check_count, in_short, similar
 from squeezeheads.named_models import find_config, refuse_loading
 
@@ -85,6 +86,18 @@ def pretrained_config(path: str, key: str) -> PreTrainedConfig:
         return find_config(path)
     except (OSError, ImportError, ValueError) as error:
         raise RecipeError(f"{key}={path!r} cannot be loaded: {in_short(error)}") from error
+
+
+def check_weights(path: str, key: str, stem: str = "model", subfolder: str = "") -> None:
+    """``named_models.check_weights``.
+
+    Raises:
+        RecipeError: names ``key``.
+    """
+    try:
+        named_models.check_weights(path, stem, subfolder)
+    except (OSError, ValueError) as error:
+        raise RecipeError(f"{key}={path!r} cannot be loaded: {error}") from error
 
 
 # Configurations that list something for each layer: what kind it is, whether its positions are rotated …

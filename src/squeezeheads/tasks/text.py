@@ -7,7 +7,7 @@ import hashlib
 import random
 import sysconfig
 import tokenize
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -90,7 +90,7 @@ class TextSource:
             elif source.startswith(HUB):
                 self._add_data_set(found, *_from_hub(source, split, key), key)
             elif is_saved_data_set(Path(source)):
-                self._add_data_set(found, *_from_disk(source, split, key), key)
+                self._add_data_set(found, *saved_data_set(source, split, key), key)
             else:
                 files = find_files(source, self.patterns, key)
                 if not Path(source).is_dir():  # in a folder, patterns have asked for them
@@ -111,7 +111,7 @@ class TextSource:
                 with tokenize.open(file) as opened:  # by the encoding that the file declares, as Python reads it
                     texts = [opened.read()]
             elif file.suffix.lower() in JSONL:
-                texts = [self._text(row, place) for place, row in read_jsonl(file)]
+                texts = [self.text_of(row, place) for place, row in read_jsonl(file)]
             else:
                 texts = [read_text(file)]
             found.texts += [text for text in texts if text.strip()]
@@ -120,17 +120,18 @@ class TextSource:
         if origin in found.origins:
             return
         found.origins.add(origin)
-        if self.text_field not in data.column_names:
-            raise RecipeError(
-                f"{key}: {origin} has no column {self.text_field!r}, only {', '.join(map(repr, data.column_names))}. "
-                "Name the text's with text_field."
-            )
+        check_column(data, origin, self.text_field, key)
         for number, row in enumerate(data.select_columns([self.text_field])):
-            text = self._text(row, f"{origin}, row {number}")
+            text = self.text_of(row, f"{origin}, row {number}")
             if text.strip():
                 found.texts.append(text)
 
-    def _text(self, row: dict[str, Any], place: str) -> str:
+    def text_of(self, row: Mapping[str, Any], place: str) -> str:
+        """The text of a JSON object or a row.
+
+        Raises:
+            RecipeError: it has none; names ``place``.
+        """
         if self.text_field not in row:
             raise RecipeError(
                 f"{place}: no field {self.text_field!r}, only {', '.join(map(repr, row)) or 'an empty object'}. Name "
@@ -140,6 +141,18 @@ class TextSource:
         if not isinstance(text, str):
             raise RecipeError(f"{place}: {self.text_field} is {text!r:.60}: expected a text.")
         return text
+
+
+def check_column(data: Any, origin: str, text_field: str, key: str) -> None:
+    """
+    Raises:
+        RecipeError: a data set without the column of texts; names those that it has.
+    """
+    if text_field not in data.column_names:
+        raise RecipeError(
+            f"{key}: {origin} has no column {text_field!r}, only {', '.join(map(repr, data.column_names))}. Name the "
+            "text's with text_field."
+        )
 
 
 def find_files(
@@ -208,7 +221,12 @@ def is_saved_data_set(folder: Path) -> bool:
     return (folder / "state.json").is_file() or (folder / "dataset_dict.json").is_file()
 
 
-def _from_disk(source: str, split: str, key: str) -> tuple[Any, str]:
+def saved_data_set(source: str, split: str, key: str) -> tuple[Any, str]:
+    """The split of a folder that ``datasets.save_to_disk`` wrote, and its origin; nothing is read yet.
+
+    Raises:
+        RecipeError: it cannot be loaded, or has no such split.
+    """
     from datasets import DatasetDict, load_from_disk
 
     try:
