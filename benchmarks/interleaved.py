@@ -19,16 +19,19 @@ class Timing:
     """Median. Means little on another machine, or on this one tomorrow."""
 
 
-def interleaved(work: Mapping[str, Callable[[], object]], yardstick: str, rounds: int) -> dict[str, Timing]:
-    """Time every version once a round, in turn, after a round that does not count.
+def interleaved(
+    work: Mapping[str, Callable[[], object]], yardstick: str, rounds: int, warm_up: bool = True
+) -> dict[str, Timing]:
+    """Time every version once a round, in turn.
 
     Args:
         work: by the version's name.
         yardstick: the version that is 1.
         rounds: at least 2.
+        warm_up: whether a round goes before that does not count.
     """
     names, seconds = list(work), {name: [] for name in work}  # type: dict[str, list[float]]
-    for round_ in range(-1, rounds):
+    for round_ in range(-1 if warm_up else 0, rounds):
         shift = max(round_, 0) % len(names)  # nobody always comes after the same other
         for name in names[shift:] + names[:shift]:
             start = time.perf_counter()

@@ -58,7 +58,7 @@ def cases(small: bool) -> list[Case]:
         shapes.append((replace(SHAPES[3], tokens=197, causal=False), 197))
     else:
         shapes = [
-            (replace(shape, tokens=t, causal=causal), t) for shape in SHAPES for causal in (True, False) for t in TOKENS
+            (replace(shape, tokens=t, causal=causal), t) for t in TOKENS for causal in (True, False) for shape in SHAPES
         ]
     return [replace(case, batch=max(1, TOKENS_IN_A_BATCH // t)) for case, t in shapes]
 
@@ -78,7 +78,10 @@ def main() -> None:
     if chosen.page:
         from benchmarks.speed_page import write_kernel
 
-        write_kernel(PAGE, SMALL_FILE if chosen.small else FILE)
+        file = chosen.output or (SMALL_FILE if chosen.small else FILE)
+        if not file.is_file():
+            raise SystemExit(f"{file} is not there: measure first, without --page.")
+        write_kernel(PAGE, file)
         return
     check()
     output = chosen.output or (SMALL_FILE if chosen.small else FILE)
@@ -142,8 +145,11 @@ def time_of(case: Case) -> list[dict[str, Any]]:
             tensor.grad = None
         VERSIONS[name](case, inputs)
 
-    rounds = 15 if case.tokens <= 512 else 7 if case.tokens <= 2048 else 3
-    timings = interleaved({name: lambda name=name: work(name) for name in versions}, "attention", rounds)
+    rounds = 15 if case.tokens <= 512 else 7 if case.tokens <= 2048 else 2
+    # A version that takes seconds has nothing to warm up that counts.
+    timings = interleaved(
+        {name: lambda name=name: work(name) for name in versions}, "attention", rounds, warm_up=case.tokens <= 2048
+    )
     print(
         f"\n{case.name}, {case.batch} × {case.tokens:,} tokens: time over attention's, median (quartiles)", flush=True
     )
