@@ -100,36 +100,63 @@ def gradient_bytes(student: AttentionRecord) -> int:
 
 
 def attention_flops(student: AttentionRecord, teacher: AttentionRecord, groups: HeadGroups, options: Any) -> int:
-    """Products of ``SqueezedHeads`` for one pair of layers: value, gradients and mixing weights.
+    """Matrix products of ``SqueezedHeads`` for one pair of layers: value, gradients and mixing weights.
 
-    Counted are the maps of both models, the mixture, both gradients; where α is found from maps, these once more and
-    their products with the values of all heads of a group.
+    Counted are the maps of both models, both gradients, and what weights that are found on data ask for. What is done
+    entry by entry (softmax, the mixture, the divergence) is no product, as in the models' own count.
 
     Args:
         options: the objective: its ``weights`` and ``alpha_rows``.
     """
     batch, _, rows, width = student.query.shape
     pairs = _pairs(student)
-    mine = 3 * 2 * batch * pairs * len(groups) * width  # scores, gradients by queries and by keys
-    heads = [head for group in groups for head in group]
-    theirs = 2 * batch * pairs * (len(set(heads)) * teacher.query.shape[3] + len(heads))
-    grouped = [group for group in dict.fromkeys(groups) if len(group) > 1]
-    if options.weights not in MAP_WEIGHTS or not grouped:
-        return mine + theirs
-    value_width = teacher.query.shape[3] if teacher.value is None else teacher.value.shape[3]
-    each = sum(len(group) * teacher.query.shape[3] + len(group) ** 2 * value_width for group in grouped)
-    share = min(1.0, options.alpha_rows / rows) if options.alpha_rows else 1.0
-    return mine + theirs + int(2 * batch * pairs * share * each)
+    heads = {head for group in groups for head in group}
+    # Scores, gradients by queries and by keys; the teacher's scores.
+    products = pairs * (3 * len(groups) * width + len(heads) * teacher.query.shape[3])
+    merging = [group for group in groups if len(group) > 1]
+    if options.weights in MAP_WEIGHTS:
+        share = min(1.0, options.alpha_rows / rows) if options.alpha_rows else 1.0
+        products += int(share * sum(_difference_products(teacher, group, pairs) for group in merging))
+    elif options.weights == "values" and merging:
+        products += sum(_circuit_products(teacher, len(group), teacher.num_keys, len(group)) for group in groups)
+    return 2 * batch * products
 
 
 def relation_flops(student: AttentionRecord, teacher: AttentionRecord, groups: HeadGroups) -> int:
-    """Products of ``SqueezedRelations`` for one pair of layers: scores of both, gradients by both sides."""
+    """Products of ``SqueezedRelations`` for one pair of layers: scores of both, gradients by both sides, and the
+    teacher's features in the coordinates of its output."""
     batch, pairs = student.query.shape[0], _pairs(student)
-    value, taught = student.value, teacher.value
-    width = student.query.shape[3] if value is None else value.shape[3]
-    other = teacher.query.shape[3] if taught is None else taught.shape[3]
-    widest = max(len(group) for group in groups) * other
-    return 2 * batch * pairs * len(groups) * (3 * width + widest)
+    value = student.query if student.value is None else student.value
+    own = len(groups) * 3 * value.shape[3]
+    theirs = len(groups) * max(_circuit_width(teacher, len(group)) for group in groups)  # all as wide as the widest
+    features = sum(
+        teacher.num_keys * len(group) * _value_width(teacher) * _circuit_width(teacher, len(group)) for group in groups
+    )
+    return 2 * batch * (pairs * (own + theirs) + features)
+
+
+def _difference_products(teacher: AttentionRecord, group: Sequence[int], pairs: int) -> int:
+    """Of one sample and group of ``k`` heads, see ``squeezing.residuals``: k maps, k − 1 differences by the values of
+    the group, what that reads through the output projection, and the Gram matrix of the (k − 1)·k vectors."""
+    k, value_width = len(group), _value_width(teacher)
+    distinct = len({teacher.key_value_head(head) for head in group})
+    maps = pairs * (k * teacher.query.shape[3] + (k - 1) * distinct * value_width)
+    return maps + _circuit_products(teacher, k, teacher.num_queries, (k - 1) * k)
+
+
+def _circuit_products(teacher: AttentionRecord, k: int, rows: int, vectors: int) -> int:
+    """Of ``vectors`` vectors a row of a group of ``k`` heads: through the output projection, and their Gram matrix."""
+    return rows * _circuit_width(teacher, k) * (vectors * _value_width(teacher) + vectors**2)
+
+
+def _value_width(record: AttentionRecord) -> int:
+    return (record.query if record.value is None else record.value).shape[3]
+
+
+def _circuit_width(teacher: AttentionRecord, k: int) -> int:
+    """Of the narrow coordinates of ``k`` heads' output, see ``squeezing.residuals.isometry``."""
+    narrow = k * _value_width(teacher)
+    return narrow if teacher.output_weight is None else min(narrow, teacher.output_weight.shape[-1])
 
 
 def _pairs(record: AttentionRecord) -> int:
