@@ -315,7 +315,7 @@ class _Planning:
             self.problems.note("Costs are not estimated: the student is not known.")
             return
         arms = {arm: [lesson for lesson in self.lessons if lesson.arm == arm] for arm in self.recipe.arms}
-        dearest = max(arms.values(), key=lambda lessons: self._distillation_bytes(lessons)[0])
+        dearest = max(arms.values(), key=self._arm_bytes)
         self._note_memory("students", "training", "student", student, self.recipe.training, dearest)
         again = _checkpoints(self.recipe.training)
         for arm, lessons in arms.items():
@@ -328,6 +328,18 @@ class _Planning:
                 sum(lesson.flops for lesson in lessons),
                 again,
             )
+
+    def _arm_bytes(self, lessons: Sequence[Lesson]) -> int:
+        """What one set of objectives takes that another may not."""
+        projectors = sum(lesson.projector_numbers for lesson in lessons)
+        # Weights, gradients, and two averages in AdamW.
+        return self._distillation_bytes(lessons)[0] + self._returned_bytes(lessons) + 4 * FLOAT * projectors
+
+    def _returned_bytes(self, lessons: Sequence[Lesson]) -> int:
+        """What the teachers of a set of objectives return: in a step all run before the first objective does."""
+        names = dict.fromkeys(name for lesson in lessons for name in lesson.teachers)
+        shapes = [self.shapes.get(self.recipe.teacher_key(name)) for name in names]
+        return sum(shape.output_bytes for shape in shapes if shape is not None)
 
     def _distillation_bytes(self, lessons: Sequence[Lesson]) -> tuple[int, int]:
         """What objectives hold; and what of it does not grow with the batch."""
@@ -359,15 +371,11 @@ class _Planning:
         names = dict.fromkeys(t for lesson in lessons for t in lesson.teachers)
         if name == "students":  # the run holds all of them
             names = dict.fromkeys(self.recipe.named_teachers)
-        teachers = [s for t in names if (s := self.shapes.get(self.recipe.teacher_key(t))) is not None]
         weights = shape.weight_bytes + FLOAT * projectors
         apart = [t for t in names if self._is_held_apart(t)]
         held = sum(s.weight_bytes for t in apart if (s := self.shapes.get(self.recipe.teacher_key(t))) is not None)
-        returned = max([teacher.output_bytes for teacher in teachers], default=0)
-        if any(len(lesson.teachers) > 1 for lesson in lessons):
-            returned = sum(teacher.output_bytes for teacher in teachers)
         memory = Memory(
-            teachers=held + returned,
+            teachers=held + self._returned_bytes(lessons),
             weights=weights,
             gradients=trained,
             optimiser=2 * trained,
