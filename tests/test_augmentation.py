@@ -290,6 +290,7 @@ def test_resumed_run_sees_the_images_of_an_undisturbed_one(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), resumed.model.parameters(), strict=True))
 
 
+@pytest.mark.slow
 def test_a_run_with_all_that_torch_alone_can_do(recipe):  # noqa: F811
     assert (
         main(["distill", recipe(task__image_classification__augmentation={**ALL, "crop": "resized"}, seeds=[0])]) == 0

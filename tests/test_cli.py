@@ -387,6 +387,7 @@ def test_pickled_weights_are_refused(recipe, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("sign", ["checkpoint-*", "checkpoint-*/trainer_state.json"], ids=["in a save", "after a save"])
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on_to_the_same_students(recipe, tmp_path, sign):
     """SIGKILL while students are trained, then the same command again: weights equal an undisturbed run's."""
     script = Path(sys.executable).parent / "squeezeheads"

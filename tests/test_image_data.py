@@ -469,6 +469,7 @@ def test_a_run_saves_the_processor_beside_the_student(recipe, tmp_path):  # noqa
     assert measured["images_per_second"] > 0
 
 
+@pytest.mark.slow
 def test_a_teacher_that_is_trained_further_keeps_its_processor(recipe, tmp_path):  # noqa: F811
     pretrained(tmp_path / "teacher", 6, mean=0.3)
     pretrained(tmp_path / "student", 3, mean=0.6, std=0.4)

@@ -252,6 +252,7 @@ def test_both_passes_are_tried_with_gradients_and_checkpointed_layers(tmp_path, 
     assert seen == [(False, True, True, True), (True, True, True, True)] * 2, "two sets of objectives"
 
 
+@pytest.mark.slow
 def test_a_training_with_checkpointed_layers_is_the_same(tmp_path):
     losses = []
     for name, arguments in (("plain", {}), ("checkpointed", {"gradient_checkpointing": True})):

@@ -67,6 +67,7 @@ def language_task(texts: Path) -> dict:
     return {"language_modeling": {"train": [str(texts)], **sizes}}
 
 
+@pytest.mark.slow
 def test_two_teachers(tmp_path, texts, capsys):
     """Logits from the mean of both, attention from each with its own layers and groups."""
     output = carry_out(
@@ -291,6 +292,7 @@ def interrupt(monkeypatch, owner, name: str, call: int) -> None:
     monkeypatch.setattr(owner, name, method)
 
 
+@pytest.mark.slow
 def test_stopped_while_it_is_measured_a_student_is_trained_no_further(tmp_path, texts, monkeypatch):
     training = {**BRIEF, "max_steps": 3, "lr_scheduler": "constant_with_warmup", "learning_rate": 1e-2, "save_every": 2}
     path = write_recipe(tmp_path, small(texts, training=training))

@@ -216,6 +216,7 @@ def image_recipe(tmp_path: Path, saved: list[str]) -> Recipe:
     return load_recipe(write_recipe(tmp_path / "recipe.yaml", tree, {}))
 
 
+@pytest.mark.slow
 def test_a_new_classifier_is_trained_with_the_adapters(tmp_path):
     with pytest.raises(RecipeError, match=r"classifier\.weight.*would stay random.*modules_to_save.*\[classifier\]"):
         recipe = image_recipe(tmp_path, [])

@@ -219,11 +219,7 @@ def test_float16_training_without_a_gpu_is_refused(tmp_path):
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     ("kind", "backend"),
-    [
-        ("llama", "aot_eager"),
-        *(pytest.param(kind, "aot_eager", marks=pytest.mark.slow) for kind in KINDS if kind != "llama"),
-        *(pytest.param(kind, "inductor", marks=pytest.mark.slow) for kind in KINDS),
-    ],
+    [pytest.param(kind, backend, marks=pytest.mark.slow) for backend in ("aot_eager", "inductor") for kind in KINDS],
 )
 def test_a_compiled_student_learns_the_same(tmp_path, kind, backend):
     """The teacher is not compiled: its output projections are found while it runs as it is written."""
