@@ -18,6 +18,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainingArguments
 
+from squeezeheads import run as running
 from squeezeheads.cli import main
 from squeezeheads.errors import InUseError
 from squeezeheads.files import LOCK, store_json, working_in
@@ -384,6 +385,30 @@ def test_pickled_weights_are_refused(recipe, tmp_path, capsys):
     torch.save(model.state_dict(), tmp_path / "teacher" / "pytorch_model.bin")
     assert main(["distill", recipe(teacher={"path": str(tmp_path / "teacher")})]) == 2
     assert "safetensors" in capsys.readouterr().err
+
+
+def test_a_model_is_on_the_disk_before_it_counts_as_done(recipe, tmp_path, monkeypatch):
+    """A machine that loses power must not keep the mark alone."""
+    events = []
+    store, durable = running.store_json, running.make_durable
+
+    def marking(path, value):
+        events.append(path if path.name == "result.json" else None)
+        store(path, value)
+
+    def syncing(folder):
+        events.append((folder, sorted(path.name for path in folder.iterdir())))
+        durable(folder)
+
+    monkeypatch.setattr(running, "store_json", marking)
+    monkeypatch.setattr(running, "make_durable", syncing)
+    assert main(["distill", recipe(baselines={})]) == 0
+    marks = [event for event in events if isinstance(event, Path)]
+    assert {mark.parent.name for mark in marks} == {"teacher", "seed-0"}
+    for mark in marks:
+        folder, names = events[events.index(mark) - 1]
+        assert folder == mark.parent and "model.safetensors" in names and "result.json" not in names
+    assert any(event[0].name == "student.part" for event in events if isinstance(event, tuple))
 
 
 @pytest.mark.parametrize("sign", ["checkpoint-*", "checkpoint-*/trainer_state.json"], ids=["in a save", "after a save"])

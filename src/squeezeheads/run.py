@@ -36,7 +36,7 @@ from squeezeheads.adapters import AdaptersOff, load_model
 from squeezeheads.errors import InUseError, RecipeError
 from squeezeheads.evaluate import evaluate
 from squeezeheads.evaluation import attention_fidelity, measure_squeezing
-from squeezeheads.files import finite, read_json, store_json, store_text, working_in
+from squeezeheads.files import finite, make_durable, read_json, store_json, store_text, working_in
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import check_models, check_output, check_packages
 from squeezeheads.recipe import DISTILLED, Recipe, TeacherSpec, TrainingSpec, dump_recipe, folder_name
@@ -251,6 +251,7 @@ class _Run:
         if not done.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             measured = self.task.measure(teacher, self.splits.test, training.batch_size)
+            make_durable(folder)
             store_json(done, {**measured, "parameters": teacher.num_parameters()})
         return teacher
 
@@ -308,6 +309,7 @@ class _Run:
                 student, self.teachers_of(student), self.yardsticks, batches, rows=self.task.rows
             )
         result = finite(result)  # as a later start reads it
+        make_durable(folder)  # before the mark that it is done, and before its checkpoints go
         store_json(done, result)
         shutil.rmtree(self.output / "work" / work, ignore_errors=True)
         return result
@@ -392,6 +394,7 @@ def _keep_best(results: Mapping[str, Any], task: Task, output: Path) -> int:
     part, kept = output / "student.part", output / "student"
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(source, part, ignore=shutil.ignore_patterns("result.json"))
+    make_durable(part)
     shutil.rmtree(kept, ignore_errors=True)  # not before: a full disk must not take an earlier start's
     part.rename(kept)  # in one move: a student that is there is whole
     return int(best["seed"])
