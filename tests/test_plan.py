@@ -180,9 +180,12 @@ def pretrained_overrides(tmp_path: Path) -> dict[str, list[str]]:
 
     for name, config in HUB.items():
         config.save_pretrained(tmp_path / name)
+        (tmp_path / name / "model.safetensors").touch()  # that there are weights; nothing reads them
     store_json(tmp_path / "dit" / "config.json", DIT)
     vae = {"_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "latent_channels": 4}
     store_json(tmp_path / "vae" / "config.json", vae)
+    for name in ("dit", "vae"):
+        (tmp_path / name / "diffusion_pytorch_model.safetensors").touch()
     latents = f"--task.image_generation.autoencoder={tmp_path / 'vae'}"
     found: dict[str, list[str]] = {}
     for path in sorted((ROOT / "recipes").rglob("*.yaml")):
