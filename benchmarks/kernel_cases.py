@@ -97,11 +97,9 @@ def ours(weights: str, **options: Any) -> Version:
     """The loss by this package."""
 
     def version(case: Case, inputs: Inputs) -> float:
-        from squeezeheads import attention_divergence, group_heads, mixing_matrix
+        from squeezeheads import squeezed_attention_loss
 
-        groups = group_heads(case.teacher_heads, case.student_heads)
-        mix = mixing_matrix(inputs.teacher, groups, weights=weights, **options)
-        loss = attention_divergence(inputs.student, inputs.teacher, mix)
+        loss = squeezed_attention_loss([inputs.student], [inputs.teacher], weights=weights, **options)
         loss.backward()
         return loss.item()
 

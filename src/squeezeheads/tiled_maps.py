@@ -19,24 +19,45 @@ class TiledMaps:
         heads: which of its heads, in this order.
         workspace: where the tiles lie.
         temperature: the scores are divided by it before the softmax.
+        keep: each tile stays, in memory of its own, and is not made again when it is asked for again. The next maps
+            that are kept in the same workspace take its place.
     """
 
     def __init__(
-        self, record: AttentionRecord, heads: Sequence[int], workspace: Workspace, temperature: float = 1.0
+        self,
+        record: AttentionRecord,
+        heads: Sequence[int],
+        workspace: Workspace,
+        temperature: float = 1.0,
+        keep: bool = False,
     ) -> None:
         everything = slice(None)
         self._record, self._heads, self._workspace, self._temperature = record, heads, workspace, temperature
         self._query = record.query_tile(everything, heads, everything, temperature)
         self._key = record.key_tile(everything, heads, everything)
+        self._kept: dict[tuple[int, int], Tensor] | None = {} if keep else None
+
+    @property
+    def keeps(self) -> bool:
+        """Whether tiles stay."""
+        return self._kept is not None
 
     def tile(self, samples: slice, rows: slice) -> Tensor:
         """(b, heads, r, K) on the keys that the rows can reach (``AttentionRecord.visible_keys``), in the compute
-        dtype, until the next call. Forbidden keys hold 0, unless all of the row's are forbidden to all heads alike:
-        such a row is the same for all heads, and its content without meaning."""
+        dtype, until the next call or for as long as tiles are kept. Forbidden keys hold 0, unless all of the row's are
+        forbidden to all heads alike: such a row is the same for all heads, and its content without meaning."""
+        place = (samples.start, rows.start)
+        if self._kept is None:
+            return self._make(samples, rows, "maps")
+        if place not in self._kept:
+            self._kept[place] = self._make(samples, rows, f"maps {place}")
+        return self._kept[place]
+
+    def _make(self, samples: slice, rows: slice, name: str) -> Tensor:
         record, keys = self._record, self._record.visible_keys(rows)
         query, key = self._query[samples, :, rows], self._key[samples, :, keys]
         shape = (*query.shape[:3], key.shape[2])
-        scores = product(query, key.transpose(-1, -2), self._workspace.take("maps", shape, query.dtype))
+        scores = product(query, key.transpose(-1, -2), self._workspace.take(name, shape, query.dtype))
         allowed, bias = record.mask_tile(samples, self._heads, rows, keys, causality=False)
         if bias is not None:
             scores += bias / self._temperature

@@ -10,7 +10,8 @@ so it is made together with the value, up to the scalar that backward brings.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,14 @@ from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, hea
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
 from squeezeheads.tiled_maps import TiledMaps
 from squeezeheads.tiling import Workspace, product, tiles
+
+KEPT_BYTES = 32 * 2**20
+"""Of one group's maps that stay between finding its weights and the loss: reading them back from there is cheaper than
+making them again."""
+
+Tiles = Sequence[tuple[slice, slice]]
+Weigh = Callable[[Sequence[int], TiledMaps, Tiles, Workspace], Tensor]
+"""(group, its maps, the tiles to look at, memory to use) → (B, k) weights of the group's heads."""
 
 
 def tiled_divergence(
@@ -39,13 +48,38 @@ def tiled_divergence(
         tile_bytes: bytes of maps that a tile may hold. Changes speed and memory, never the answer.
     """
     problem = _Problem(student, teacher, mix, rows, temperature, tile_bytes)
-    learned_mask = student.attention_mask
-    if learned_mask is not None and not learned_mask.requires_grad:
-        learned_mask = None
+    learned_mask = _learned_mask(student)
     if reduction == "none":
         return _RowDivergence.apply(student.query, student.key, learned_mask, problem)
     total, count = _TotalDivergence.apply(student.query, student.key, learned_mask, problem)
     return total if reduction == "sum" else total / count.where(count > 0, 1.0)
+
+
+def weighed_divergence(
+    student: AttentionRecord,
+    teacher: AttentionRecord,
+    groups: Sequence[Sequence[int]],
+    weigh: Weigh,
+    rows: Tensor | None = None,
+    tile_bytes: int | None = None,
+) -> Tensor:
+    """The mean of ``attention_divergence`` with weights that are found from the maps on the way: group by group, so
+    that maps which are small enough are made once for both.
+
+    Args:
+        groups: the teacher heads of each student head; checked.
+        weigh: finds a group's weights; called once for each distinct group.
+        rows, tile_bytes: see ``tiled_divergence``.
+    """
+    mix = torch.zeros(len(student.query), len(groups), teacher.num_heads, device=student.query.device)
+    problem = _Problem(student, teacher, mix, rows, 1.0, tile_bytes, tuple(tuple(group) for group in groups), weigh)
+    total, count = _TotalDivergence.apply(student.query, student.key, _learned_mask(student), problem)
+    return total / count.where(count > 0, 1.0)
+
+
+def _learned_mask(student: AttentionRecord) -> Tensor | None:
+    mask = student.attention_mask
+    return mask if mask is not None and mask.requires_grad else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +92,9 @@ class _Problem:
     rows: Tensor | None
     temperature: float
     tile_bytes: int | None
+    groups: tuple[tuple[int, ...], ...] = ()
+    weigh: Weigh | None = None
+    """Writes the weights of ``groups`` into the mixing matrix, block by block."""
 
 
 _REFUSAL = (
@@ -146,15 +183,33 @@ class _Sweep:
         batch, _, queries, _ = student.query.shape
         with torch.no_grad(), torch.autocast(student.query.device.type, enabled=False):
             for heads, serving in _head_blocks(problem):
-                block = _Block(self, heads, serving)
                 # Teacher maps, the student's scores and map, and the ratio of both maps live at the same time.
                 row_bytes = 4 * student.num_keys * (len(serving) + 4 * len(heads))
-                # The last rows see the most keys: the workspace grows once.
                 device, most = student.query.device, problem.tile_bytes
-                for samples, rows in reversed(tiles(batch, queries, row_bytes, device, most, causal=self.causal)):
+                # The last rows see the most keys: the workspace grows once.
+                parts = tiles(batch, queries, row_bytes, device, most, causal=self.causal)[::-1]
+                taught = self._maps_of(serving, parts)
+                if problem.weigh is not None:
+                    weights = problem.weigh(serving, taught, parts, self.workspace).to(self.dtype)
+                    for head in heads:
+                        self.mix[:, head, serving] = weights / weights.sum(-1, keepdim=True)
+                block = _Block(self, heads, serving, taught)
+                for samples, rows in parts:
                     block.tile(samples, rows)
         self.total = self.total.to(self.dtype)
         self.count = self.count.to(self.dtype)
+
+    def _maps_of(self, serving: list[int], parts: Tiles) -> TiledMaps:
+        problem = self.problem
+        keep = False
+        if problem.weigh is not None and len(serving) > 1:
+            shapes = ((len(problem.mix[samples]), len(serving), *self._reach(rows)) for samples, rows in parts)
+            keep = sum(math.prod(shape) for shape in shapes) * self.dtype.itemsize <= KEPT_BYTES
+        return TiledMaps(problem.teacher, serving, self.workspace, problem.temperature, keep)
+
+    def _reach(self, rows: slice) -> tuple[int, int]:
+        keys = self.problem.teacher.visible_keys(rows)
+        return rows.stop - rows.start, keys.stop - keys.start
 
     def take(self, name: str, shape: Sequence[int]) -> Tensor:
         return self.workspace.take(name, shape, self.dtype)
@@ -169,13 +224,13 @@ class _Block:
         taught: the maps of the teacher heads.
     """
 
-    def __init__(self, sweep: _Sweep, heads: list[int], serving: list[int]) -> None:
+    def __init__(self, sweep: _Sweep, heads: list[int], serving: list[int], taught: TiledMaps) -> None:
         problem, everything = sweep.problem, slice(None)
         self.sweep, self.problem, self.heads, self.serving = sweep, problem, heads, serving
         self.mix = sweep.mix[:, heads][:, :, serving]
         self.query = problem.student.query_tile(everything, heads, everything, problem.temperature)
         self.key = problem.student.key_tile(everything, heads, everything)
-        self.taught = TiledMaps(problem.teacher, serving, sweep.workspace, problem.temperature)
+        self.taught = taught
 
     def tile(self, samples: slice, rows: slice) -> None:
         sweep, problem, student, teacher = self.sweep, self.problem, self.problem.student, self.problem.teacher
@@ -274,11 +329,16 @@ def _head_blocks(problem: _Problem) -> list[tuple[list[int], list[int]]]:
     On a CPU reading ``mix`` is free and heads without weight are left out. Elsewhere it would make the device wait, so
     all teacher heads are mixed for all student heads at once.
     """
+    if problem.mix.shape[0] == 0:
+        return []
+    if problem.weigh is not None:  # the order of a group's heads is that of its weights
+        return [
+            ([s for s, g in enumerate(problem.groups) if g == group], list(group))
+            for group in dict.fromkeys(problem.groups)
+        ]
     students, teachers = problem.mix.shape[1:]
     if problem.mix.device.type != "cpu":
         return [(list(range(students)), list(range(teachers)))]
-    if problem.mix.shape[0] == 0:
-        return []
     blocks: dict[tuple[int, ...], list[int]] = {}
     for student, serves in enumerate((problem.mix != 0).any(0).tolist()):
         serving = tuple(t for t in range(teachers) if serves[t])

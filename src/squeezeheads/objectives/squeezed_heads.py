@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord, check_comparable
-from squeezeheads.divergence import attention_divergence
 from squeezeheads.objectives.base import Evidence
 from squeezeheads.objectives.layer_plan import check_learnable
 from squeezeheads.objectives.squeeze_plan import SqueezedObjective
 from squeezeheads.pairing import LayerPairs, pair_layers
-from squeezeheads.squeezing import HeadGroups, group_heads, mixing_matrix
+from squeezeheads.squeezed_divergence import squeezed_divergence
+from squeezeheads.squeezing import HeadGroups, group_heads
 from squeezeheads.squeezing.weights import check_alpha_rows
 from squeezeheads.token_layout import SharedTokens, check_layout, share_tokens
 
@@ -114,13 +114,10 @@ def _layer_loss(
         check_comparable(student, teacher)
     else:
         (student, teacher), rows = tokens.squeezed(student, teacher), tokens.rows(rows)
-    mix = mixing_matrix(
-        teacher, groups, weights=weights, rows=rows, alpha_rows=alpha_rows,
-        implementation="triton" if implementation == "triton" else "auto",
+    return squeezed_divergence(
+        student, teacher, groups, weights=weights, alpha_rows=alpha_rows, rows=rows, temperature=temperature,
+        implementation=implementation,
     )  # fmt: skip
-    return attention_divergence(
-        student, teacher, mix, rows=rows, temperature=temperature, implementation=implementation
-    )
 
 
 @dataclass

@@ -89,28 +89,23 @@ def difference_grams(
     Returns:
         One (B, (k−1)·k, (k−1)·k) float64 tensor a group, order ``(i − 1)·k + l``; empty for single heads.
     """
-    value, weight = require_values(record, "the residual of a group")
     batch = record.query.shape[0]
     row_weights = check_rows(rows, record)
-    grams = []
-    for group in groups:
-        vectors = (len(group) - 1) * len(group)
-        grams.append(torch.zeros(batch, vectors, vectors, dtype=torch.float64, device=record.query.device))
     merging = [index for index, group in enumerate(groups) if len(group) > 1]
     members = [head for index in merging for head in groups[index]]
     workspace = Workspace(record.query.device)
     # Candidates of a calibration share heads: each tile's maps are made once for all of them. Groups that share none go
     # one by one, with more rows to a tile.
     apart = len(set(members)) == len(members)
+    require_values(record, "the residual of a group")
+    grams = [GroupGram(record, group, row_weights, keep=apart and len(group) > 1) for group in groups]
     for together in [[index] for index in merging] if apart else [merging]:
         heads = list(groups[together[0]]) if apart else sorted(set(members))
         maps_of = TiledMaps(record, heads, workspace)
-        circuits = {index: _Circuits(record, value, weight, groups[index], keep=apart) for index in together}
         row_bytes = 4 * len(heads) * record.num_keys
         # The last rows see the most keys: the workspace grows once.
         parts = tiles(batch, record.num_queries, row_bytes, workspace.device, tile_bytes, causal=record.is_causal)
         for samples, tile in reversed(parts):
-            keys = record.visible_keys(tile)
             with torch.autocast(record.query.device.type, enabled=False):
                 maps = maps_of.tile(samples, tile)
                 for index in together:
@@ -119,13 +114,51 @@ def difference_grams(
                     else:
                         own = take_heads(maps, [heads.index(head) for head in groups[index]])
                         differences = own[:, 1:] - own[:, :1]
-                    # (b, k−1, r, K) differences → (b, k−1, k, r, w) vectors → (b, (k−1)·k, r·w)
-                    features = circuits[index].write(differences, samples, keys)
-                    if row_weights is not None:
-                        features *= row_weights[samples, tile].sqrt()[:, None, None, :, None]
-                    flat = features.flatten(3).flatten(1, 2)
-                    grams[index][samples] += (flat @ flat.transpose(1, 2)).double()
-    return grams
+                    grams[index].add(differences, samples, tile)
+        for index in together:
+            grams[index].close()
+    return [gram.total for gram in grams]
+
+
+class GroupGram:
+    """Gram matrix of the ``D_i X_l`` of one group, gathered from tiles of differences.
+
+    Args:
+        row_weights: (B, Q), or ``None``.
+        keep: the group's values side by side for all tiles; a calibration with its many groups makes them for each.
+
+    Attributes:
+        total: (B, (k−1)·k, (k−1)·k) float64, order ``(i − 1)·k + l``.
+    """
+
+    def __init__(
+        self, record: AttentionRecord, group: Sequence[int], row_weights: Tensor | None, keep: bool = False
+    ) -> None:
+        vectors = (len(group) - 1) * len(group)
+        batch, device = record.query.shape[0], record.query.device
+        self.total = torch.zeros(batch, vectors, vectors, dtype=torch.float64, device=device)
+        self._record, self._group, self._row_weights, self._keep = record, group, row_weights, keep
+        self._circuits: _Circuits | None = None
+
+    def add(self, differences: Tensor, samples: slice, tile: slice) -> None:
+        """Add the rows of a tile.
+
+        Args:
+            differences: (b, k−1, r, K), on the keys that the rows can reach.
+        """
+        if self._circuits is None:
+            value, weight = require_values(self._record, "the residual of a group")
+            self._circuits = _Circuits(self._record, value, weight, self._group, self._keep)
+        # (b, k−1, r, K) differences → (b, k−1, k, r, w) vectors → (b, (k−1)·k, r·w)
+        features = self._circuits.write(differences, samples, self._record.visible_keys(tile))
+        if self._row_weights is not None:
+            features *= self._row_weights[samples, tile].sqrt()[:, None, None, :, None]
+        flat = features.flatten(3).flatten(1, 2)
+        self.total[samples] += (flat @ flat.transpose(1, 2)).double()
+
+    def close(self) -> None:
+        """Nothing is added any more: what was kept for tiles may go."""
+        self._circuits = None
 
 
 def value_grams(record: AttentionRecord, groups: Sequence[Sequence[int]], rows: Tensor | None) -> list[Tensor]:

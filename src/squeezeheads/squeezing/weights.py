@@ -160,11 +160,12 @@ def _solve(
     if weights == "mean" or all(len(group) == 1 for group in groups):
         return [ones(len(group)) for group in groups]
     if weights == "values":
-        collected, solver = value_grams(record, groups, rows), _rounds_by_values
+        collected = value_grams(record, groups, rows)
+        solver: Callable[[Tensor, int], Tensor] = _rounds_by_values
     else:
         collect = triton_grams() if implementation == "triton" else difference_grams
         collected = collect(record, groups, rows) if grams is None else grams
-        solver = {"least_squares": _rounds, "joint": _joint, "select": _select}[weights]
+        solver = _SOLVERS[weights]
     # Groups of one size are solved together, as if they were samples of one batch.
     found = [ones(1)] * len(groups)
     for size in {len(group) for group in groups} - {1}:
@@ -173,6 +174,12 @@ def _solve(
         for index, weight in zip(alike, solved, strict=True):
             found[index] = weight
     return found
+
+
+def solve_gram(gram: Tensor, size: int, weights: str) -> Tensor:
+    """Weights (B, k) float64 of one group of ``size`` heads, from the Gram matrix of its differences, by one of
+    ``MAP_WEIGHTS``."""
+    return _SOLVERS[weights](gram, size)
 
 
 def triton_grams() -> Callable[..., list[Tensor]]:
@@ -302,3 +309,7 @@ def _settle(quadratic: Tensor, linear: Tensor, weights: Tensor, support: Tensor)
         if not leaving.any():
             break
     return weights, support
+
+
+_SOLVERS: dict[str, Callable[[Tensor, int], Tensor]] = {"least_squares": _rounds, "joint": _joint, "select": _select}
+"""By the modes of ``MAP_WEIGHTS``."""
