@@ -17,16 +17,17 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from live_bytes import LiveBytes
 from squeezeheads.attention import AttentionRecord
 from squeezeheads.distillation import Distillation
-from squeezeheads.divergence import attention_divergence
+from squeezeheads.divergence import tiled
 from squeezeheads.objectives import SqueezedHeads, SqueezedRelations
 from squeezeheads.objectives.base import Evidence
-from squeezeheads.planning import plan_recipe
+from squeezeheads.planning import costs, plan_recipe
 from squeezeheads.planning.costs import Memory, attention_flops, relation_flops, step_flops
 from squeezeheads.planning.shapes import saved_bytes, shape_of, try_forward
 from squeezeheads.preflight import as_in_training
 from squeezeheads.recipe import load_recipe, shipped_recipe
 from squeezeheads.recipe_models import Models
-from squeezeheads.squeezing import group_heads, mixing_matrix
+from squeezeheads.squeezed_divergence import squeezed_divergence
+from squeezeheads.squeezing import group_heads
 from squeezeheads.squeezing.weights import WEIGHTS
 from squeezeheads.tasks import Pretrained
 from tiny import language_model, token_batch
@@ -174,19 +175,22 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("options", [{"weights": w} for w in WEIGHTS] + [{"alpha_rows": 16}])
+@pytest.mark.parametrize("kept", [True, False])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_products_of_squeezing_are_those_that_torch_counts(shape, options):
+def test_products_of_squeezing_are_those_that_torch_counts(monkeypatch, shape, options, kept):
     heads, shared, fewer, tokens, mine, theirs = shape
     student, teacher = record(fewer, tokens, mine), record(heads, tokens, theirs, shared)
     for tensor in (student.query, student.key):
         tensor.requires_grad_()
     objective, groups = SqueezedHeads(**options), group_heads(heads, fewer)
+    if not kept:
+        monkeypatch.setattr(tiled, "KEPT_BYTES", 0)
+        monkeypatch.setattr(costs, "KEPT_BYTES", 0)
 
     def work():
-        mix = mixing_matrix(teacher, groups, weights=objective.weights, alpha_rows=objective.alpha_rows)
-        if objective.weights == "select":  # one head of a group is left, but which is not known beforehand
-            mix = mixing_matrix(teacher, groups, weights="mean")
-        attention_divergence(student, teacher, mix).backward()
+        squeezed_divergence(
+            student, teacher, groups, weights=objective.weights, alpha_rows=objective.alpha_rows
+        ).backward()
 
     counted = counted_products(work)
     expected = attention_flops(student, teacher, groups, objective)
@@ -200,9 +204,7 @@ def test_products_under_a_causal_mask():
     for tensor in (student.query, student.key):
         tensor.requires_grad_()
     objective, groups = SqueezedHeads(), group_heads(4, 2)
-    counted = counted_products(
-        lambda: attention_divergence(student, teacher, mixing_matrix(teacher, groups)).backward()
-    )
+    counted = counted_products(lambda: squeezed_divergence(student, teacher, groups).backward())
     expected = attention_flops(student, teacher, groups, objective)
     assert expected <= counted <= 1.4 * expected
 

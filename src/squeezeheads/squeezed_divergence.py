@@ -36,7 +36,8 @@ def squeezed_divergence(
     Returns:
         Scalar, nats per valid row and head.
     """
-    if _is_shared(teacher, groups, weights, alpha_rows, temperature, implementation):
+    device = teacher.query.device.type
+    if shares_maps(groups, weights, alpha_rows, temperature, implementation, device):
         return _in_one_sweep(student, teacher, groups, weights, rows)
     mix = mixing_matrix(
         teacher, groups, weights=weights, rows=rows, alpha_rows=alpha_rows,
@@ -47,20 +48,22 @@ def squeezed_divergence(
     )
 
 
-def _is_shared(
-    teacher: AttentionRecord,
+def shares_maps(
     groups: Sequence[Sequence[int]],
     weights: str,
     alpha_rows: int | None,
     temperature: float,
     implementation: str,
+    device: str,
 ) -> bool:
+    """Whether weights and loss look at the same maps, in one sweep. Elsewhere than on a CPU heads are not taken group
+    by group, but all at once."""
     return (
         weights in MAP_WEIGHTS
         and alpha_rows is None
         and temperature == 1.0
         and implementation in ("auto", "tiled")
-        and teacher.query.device.type == "cpu"
+        and device == "cpu"
         and any(len(group) > 1 for group in groups)
     )
 

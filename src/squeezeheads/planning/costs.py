@@ -11,9 +11,12 @@ from typing import Any
 import torch
 
 from squeezeheads.attention import AttentionRecord
+from squeezeheads.divergence.tiled import KEPT_BYTES
 from squeezeheads.errors import RecipeError
+from squeezeheads.squeezed_divergence import shares_maps
 from squeezeheads.squeezing import HeadGroups
 from squeezeheads.squeezing.weights import MAP_WEIGHTS
+from squeezeheads.tiling import CAUSAL_ROWS
 
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 UNITS["TIB"] = 2**40
@@ -102,6 +105,7 @@ def gradient_bytes(student: AttentionRecord) -> int:
 def attention_flops(student: AttentionRecord, teacher: AttentionRecord, groups: HeadGroups, options: Any) -> int:
     """Matrix products of ``SqueezedHeads`` for one pair of layers: value, gradients and mixing weights.
 
+    A group's maps count once where they are kept (``kept_bytes``), else once for the weights and once for the loss.
     Counted are the maps of both models, both gradients, and what weights that are found on data ask for. What is done
     entry by entry (softmax, the mixture, the divergence) is no product, as in the models' own count.
 
@@ -117,9 +121,24 @@ def attention_flops(student: AttentionRecord, teacher: AttentionRecord, groups: 
     if options.weights in MAP_WEIGHTS:
         share = min(1.0, options.alpha_rows / rows) if options.alpha_rows else 1.0
         products += int(share * sum(_difference_products(teacher, group, pairs) for group in merging))
+        kept = [group for group in dict.fromkeys(merging) if kept_bytes(teacher, [group], options)]
+        products -= pairs * teacher.query.shape[3] * sum(len(group) for group in kept)
     elif options.weights == "values" and merging:
         products += sum(_circuit_products(teacher, len(group), teacher.num_keys, len(group)) for group in groups)
     return 2 * batch * products
+
+
+def kept_bytes(teacher: AttentionRecord, groups: Sequence[Sequence[int]], options: Any) -> int:
+    """Bytes of one group's maps that stay between its weights and the loss, the most that any group takes; 0 where
+    none stay, see ``squeezed_divergence``. About: under a causal mask tiles end with their last row."""
+    if torch.cuda.is_available() or not shares_maps(
+        groups, options.weights, options.alpha_rows, options.temperature, options.implementation, "cpu"
+    ):
+        return 0
+    rows, keys = teacher.num_queries, teacher.num_keys
+    entries = rows * min(keys, (keys + CAUSAL_ROWS) // 2) if teacher.is_causal else rows * keys
+    sizes = [FLOAT * teacher.query.shape[0] * len(group) * entries for group in groups if len(group) > 1]
+    return max((size for size in sizes if size <= KEPT_BYTES), default=0)
 
 
 def relation_flops(student: AttentionRecord, teacher: AttentionRecord, groups: HeadGroups) -> int:

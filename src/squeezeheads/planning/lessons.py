@@ -18,7 +18,14 @@ from squeezeheads.objectives.projected_features import ProjectedFeatures
 from squeezeheads.objectives.squeeze_plan import LayerPlan, SqueezedObjective
 from squeezeheads.objectives.token_chunks import LogitObjective
 from squeezeheads.pairing import pair_layers
-from squeezeheads.planning.costs import FLOAT, attention_flops, gradient_bytes, recorded_bytes, relation_flops
+from squeezeheads.planning.costs import (
+    FLOAT,
+    attention_flops,
+    gradient_bytes,
+    kept_bytes,
+    recorded_bytes,
+    relation_flops,
+)
 from squeezeheads.planning.shapes import Shape
 from squeezeheads.squeezing import group_heads
 from squeezeheads.squeezing.residuals import require_values
@@ -46,6 +53,8 @@ class Lesson:
     """Products that it adds to a step; of squeezing objectives alone."""
     held_bytes: int = 0
     """Bytes that it holds until the backward pass, teachers' recordings aside."""
+    kept_bytes: int = 0
+    """Bytes of maps that it keeps while it is computed, the most of any pair."""
     taught: dict[tuple[str, int], int] = field(default_factory=dict)
     """Bytes of each recorded teacher layer, by teacher and position."""
 
@@ -162,6 +171,7 @@ def _squeeze(lesson: Lesson, objective: SqueezedObjective, evidence: Evidence) -
         if isinstance(objective, SqueezedHeads):
             lesson.flops += attention_flops(student, teacher, groups, objective)
             lesson.held_bytes += gradient_bytes(student)
+            lesson.kept_bytes = max(lesson.kept_bytes, kept_bytes(teacher, groups, objective))
         elif isinstance(objective, SqueezedRelations):
             lesson.flops += relation_flops(student, teacher, groups)
             if student.value is not None:  # its unit features, and their gradients as queries and as keys

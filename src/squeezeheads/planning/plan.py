@@ -346,7 +346,9 @@ class _Planning:
         recorded = {layer: size for lesson in lessons for layer, size in lesson.taught.items()}
         tile = DEVICE_TILE_BYTES if torch.cuda.is_available() else TILE_BYTES
         fixed = tile if recorded else 0
-        return sum(recorded.values()) + sum(lesson.held_bytes for lesson in lessons) + fixed, fixed
+        held = sum(lesson.held_bytes for lesson in lessons)
+        kept = max((lesson.kept_bytes for lesson in lessons), default=0)  # objectives are computed one by one
+        return sum(recorded.values()) + held + kept + fixed, fixed
 
     def _note_memory(
         self, name: str, key: str, whose: str, shape: Shape, spec: TrainingSpec, lessons: Sequence[Lesson]
