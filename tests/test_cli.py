@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForImageClassification, TrainingArguments
 
+from squeezeheads import files
 from squeezeheads import run as running
 from squeezeheads.cli import main
 from squeezeheads.errors import InUseError
@@ -483,6 +485,44 @@ def test_a_killed_process_leaves_no_folder_locked(tmp_path):
     finally:
         os.kill(int(worker), signal.SIGKILL)
         process.stdout.close()
+
+
+def test_a_lock_is_let_go_only_by_its_owner(tmp_path):
+    """A folder that was deleted and made anew by another belongs to that one."""
+    folder = tmp_path / "run"
+    with working_in(folder):
+        shutil.rmtree(folder)
+        folder.mkdir()
+        (folder / LOCK).write_text("another's")
+    assert (folder / LOCK).read_text() == "another's"
+    with pytest.raises(KeyError), working_in(folder / "inner"):
+        shutil.rmtree(folder)
+        raise KeyError("what went wrong is told, not that the folder is gone")
+
+
+def test_one_may_wait_for_the_other(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "WAITING_SECONDS", 0.01)
+    folder, order = tmp_path / "run", []
+
+    def other():
+        with working_in(folder, wait=True):
+            order.append("second")
+
+    with working_in(folder):
+        waiting = threading.Thread(target=other)
+        waiting.start()
+        time.sleep(0.1)
+        order.append("first")
+    waiting.join(20)
+    assert order == ["first", "second"] and not (folder / LOCK).exists()
+
+
+def test_a_folder_that_cannot_be_locked_is_named(recipe, tmp_path, capsys):
+    path = recipe()
+    assert main(["distill", path]) == 0
+    (tmp_path / "run" / LOCK).mkdir()
+    assert main(["distill", path]) == 2
+    assert f"output={tmp_path / 'run'} cannot be worked in" in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_run_that_was_killed_as_it_wrote_its_recipe_goes_on(recipe, tmp_path, monkeypatch, capsys):

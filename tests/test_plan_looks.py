@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from squeezeheads import SqueezeTrainer, preflight
+from squeezeheads import run as running
 from squeezeheads.cli import main
 from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation import harness, inception
@@ -330,6 +331,39 @@ def test_seeds_are_added_to_a_finished_run(write, tmp_path, capsys):
     both = json.loads((tmp_path / "run" / "results.json").read_text())["students"]["distilled"]
     assert len(first) == 1 and len(both) == 2 and both[0] == first[0]
     assert all(p.stat().st_mtime_ns == stamp for p, stamp in stamps.items() if p.exists())
-    assert main(["distill", str(path), "--seeds", "[1]"]) == 2
+    for other in ("[1]", "[1, 0]", "[2, 0, 1]"):
+        assert main(["distill", str(path), "--seeds", other]) == 2
     assert "seeds" in " ".join(capsys.readouterr().err.split())
     shutil.rmtree(tmp_path / "run")
+
+
+def test_a_run_whose_further_seed_is_stopped_is_the_run_that_it_was(write, tmp_path, monkeypatch):
+    path = write(IMAGES, seeds=[0], baselines={})
+    assert main(["distill", str(path)]) == 0
+    before = (tmp_path / "run" / "recipe.json").read_text()
+    student = running._Run.student
+
+    def stopped(self, name, objectives, seed):
+        if seed:
+            raise RecipeError("the training diverges")
+        return student(self, name, objectives, seed)
+
+    monkeypatch.setattr(running._Run, "student", stopped)
+    assert main(["distill", str(path), "--seeds", "[0, 1]"]) == 2
+    assert (tmp_path / "run" / "recipe.json").read_text() == before
+    assert main(["distill", str(path)]) == 0
+
+
+def test_what_only_this_machine_lacks_is_no_problem_of_another(write, monkeypatch):
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    monkeypatch.setattr(harness, "find_spec", lambda name: None)
+    plan = plan_recipe(write(TEXTS, task__language_modeling__lm_eval_tasks=["blimp"]), elsewhere=True)
+    for said in ("a run needs matplotlib", "lm_eval_tasks needs the package lm-eval"):
+        assert plan.go and any(said in note for note in plan.notes)
+
+
+def test_a_folder_that_is_no_data_set_is_named(write, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "state.json").write_text("{}")
+    told = one(write(IMAGES, task__image_classification={"data": str(tmp_path / "data"), "image_size": 8}))
+    assert f"data={str(tmp_path / 'data')!r}: cannot be loaded" in told

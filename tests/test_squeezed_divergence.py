@@ -154,3 +154,22 @@ def test_what_does_not_fit_is_named():
         squeezed_divergence(student, teacher, group_heads(6, 3), temperature=0.0)
     with pytest.raises(ValueError, match="weights='best'"):
         squeezed_divergence(student, teacher, group_heads(6, 3), weights="best")
+
+
+def test_what_is_kept_is_not_more_than_one_groups_maps(monkeypatch):
+    """Groups of several sizes are cut into other tiles; their maps take each other's place."""
+    kept = []
+    take = tiled.Workspace.take
+
+    def noting(self, name, shape, dtype):
+        found = take(self, name, shape, dtype)
+        kept.append(sum(t.numel() for (name, _), t in self._kept.items() if name.startswith("maps")))
+        return found
+
+    monkeypatch.setattr(tiled.Workspace, "take", noting)
+    monkeypatch.setattr("squeezeheads.tiling.TILE_BYTES", 64 * 2**10)
+    student = make_record(0, heads=3, queries=197, width=8)
+    teacher = make_record(1, heads=9, queries=197, width=8)
+    together(student, teacher, ((0, 1, 2, 3), (4, 5, 6), (7, 8)))
+    largest = 2 * 4 * 197**2
+    assert largest <= max(kept) <= 1.1 * largest

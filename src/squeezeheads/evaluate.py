@@ -14,7 +14,7 @@ from squeezeheads.errors import RecipeError
 from squeezeheads.evaluation import attention_fidelity
 from squeezeheads.objectives import SqueezedHeads
 from squeezeheads.preflight import check_output
-from squeezeheads.recipe import Recipe
+from squeezeheads.recipe import RECIPE_FILE, Recipe
 from squeezeheads.recording import RecordingError, record_attention
 from squeezeheads.run_folder import attention_objectives, check_data, load_teacher, models_and_data, take_up_plan
 from squeezeheads.training_options import training_arguments
@@ -43,7 +43,7 @@ def evaluate(recipe: Recipe, model_path: str | None = None, console: Console | N
             f"{path}: no model there (no config.json, no {ADAPTER_FILE}). Expected a folder that save_pretrained wrote."
         )
     output = Path(recipe.output)
-    ran = (output / "recipe.json").is_file()
+    ran = (output / RECIPE_FILE).is_file()
     if ran:
         # Another split would hold samples that the run's students were trained on, other groups another yardstick.
         fixed = ("task", "teacher", "teachers", "student", "objectives")

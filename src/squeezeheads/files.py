@@ -9,6 +9,7 @@ import os
 import re
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -104,33 +105,39 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
+WAITING_SECONDS = 1.0
 LOCK = ".lock"
 """File of a folder that a process works in. It is locked, not only there: what a killed process left says nothing."""
 
 
 @contextmanager
-def working_in(folder: Path) -> Iterator[None]:
+def working_in(folder: Path, wait: bool = False) -> Iterator[None]:
     """The only process that works in ``folder``, as long as it is in this context or until it dies. Where the system
     knows no locks (Windows, some network disks) nothing is kept apart.
 
     Args:
         folder: is made where it is not there.
+        wait: until no other process works in it.
 
     Raises:
         InUseError: another process works in it.
+        OSError: it cannot be made, or locked.
     """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    held = _locked(folder / LOCK)
+    held = _locked(folder / LOCK, wait)
     try:
         yield
     finally:
         if held is not None:
-            (folder / LOCK).unlink(missing_ok=True)  # before it is let go: nobody else has it yet
+            with suppress(OSError):  # the folder may be gone, or another's by now
+                if os.path.samestat(os.fstat(held), (folder / LOCK).stat()):
+                    (folder / LOCK).unlink()  # before it is let go: nobody else has it yet
             _held.discard(held)
             os.close(held)
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
+        if made:
+            with suppress(OSError):  # what is in it stays
+                folder.rmdir()
 
 
 _held: set[int] = set()
@@ -147,20 +154,28 @@ if fcntl is not None:
     os.register_at_fork(after_in_child=_let_go_in_children)
 
 
-def _locked(path: Path) -> int | None:
+def _locked(path: Path, wait: bool) -> int | None:
     """A descriptor that holds the lock, ``None`` where there are no locks."""
     if fcntl is None:
         return None
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except FileNotFoundError:  # a process that has just ended, and had made the folder, has taken it away
+            path.parent.mkdir(parents=True, exist_ok=True)
+            continue
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             who = os.pread(descriptor, 100, 0).decode(errors="replace")
             os.close(descriptor)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                path.unlink(missing_ok=True)
+                return None  # a file system without locks
+            if not wait:
                 raise InUseError(f"another process works in {path.parent}{f' ({who})' if who else ''}.") from None
-            return None  # a file system without locks
+            time.sleep(WAITING_SECONDS)
+            continue
         try:
             if os.path.samestat(os.fstat(descriptor), path.stat()):
                 break

@@ -20,11 +20,11 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from squeezeheads.adapters import AdaptersOff, load_model
 from squeezeheads.distillation import Distillation
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import MachineError, RecipeError
 from squeezeheads.extras import how_to_install
 from squeezeheads.files import LOCK, part_of, try_writing
 from squeezeheads.objectives import TaskLoss
-from squeezeheads.recipe import DISTILLED, Recipe, TrainingSpec, dump_recipe
+from squeezeheads.recipe import DISTILLED, RECIPE_FILE, Recipe, TrainingSpec, dump_recipe
 from squeezeheads.recipe_models import Models, check_configs
 from squeezeheads.tasks import Splits, Task
 from squeezeheads.tasks.causal import check_causal
@@ -40,7 +40,7 @@ def check_output(output: Path, recipe: Recipe, parts: Sequence[str] | None = Non
         free: keys that may differ all the same, with all below them.
     """
     mine = json.loads(json.dumps(dump_recipe(recipe)))
-    stored = output / "recipe.json"
+    stored = output / RECIPE_FILE
     if os.path.isfile(stored):  # unlike Path's, false for names that no file can have
         try:
             theirs = json.loads(stored.read_text(encoding="utf-8"))
@@ -81,7 +81,7 @@ def check_packages(task: Task) -> None:
     missing = [name for name in dict.fromkeys((*task.packages, *PACKAGES)) if find_spec(name) is None]
     if missing:
         ways = dict.fromkeys(how_to_install(name) for name in missing)
-        raise RecipeError(f"a run needs {' and '.join(missing)}, missing here. {' '.join(ways)}")
+        raise MachineError(f"a run needs {' and '.join(missing)}, missing here. {' '.join(ways)}")
 
 
 def _check_no_links(output: Path) -> None:
@@ -106,9 +106,9 @@ def _check_writable(output: Path) -> None:
 
 
 def _adds_seeds(mine: Any, theirs: Any) -> bool:
-    """Further students of a run: those that are there stay."""
+    """Further students of a run: those that are there stay. The first seed stays first: plans are found with it."""
     before = theirs.get("seeds") if isinstance(theirs, dict) else None
-    return isinstance(before, list) and all(seed in mine["seeds"] for seed in before)
+    return isinstance(before, list) and mine["seeds"][: len(before)] == before
 
 
 def _different_keys(a: Any, b: Any, key: str = "") -> Iterator[str]:

@@ -274,6 +274,9 @@ class Recipe:
         return {name: _flat(_chosen(objectives)) for name, objectives in named.items()}
 
 
+RECIPE_FILE = "recipe.json"
+"""In a run's folder, the recipe that it carries out."""
+
 DISTILLED = "distilled"
 """Name of the students that learn from the recipe's own objectives."""
 

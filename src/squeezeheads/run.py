@@ -39,7 +39,7 @@ from squeezeheads.evaluation import attention_fidelity, measure_squeezing
 from squeezeheads.files import finite, make_durable, read_json, store_json, store_text, working_in
 from squeezeheads.objectives import Objective, SqueezedHeads, TaskLoss
 from squeezeheads.preflight import check_models, check_output, check_packages
-from squeezeheads.recipe import DISTILLED, Recipe, TeacherSpec, TrainingSpec, dump_recipe, folder_name
+from squeezeheads.recipe import DISTILLED, RECIPE_FILE, Recipe, TeacherSpec, TrainingSpec, dump_recipe, folder_name
 from squeezeheads.recipe_models import TEACHER_SEED, Models
 from squeezeheads.reports.figures import attention_figures
 from squeezeheads.reports.gains import summary
@@ -107,6 +107,7 @@ def _carry_out(run: _Run, console: Console) -> dict[str, Any]:
     }
     results["best_seed"] = _keep_best(results, models.task, output)
     results["squeezing"] = run.draw()
+    store_json(output / RECIPE_FILE, dump_recipe(recipe))
     store_json(output / "results.json", results)
     store_text(output / "results.md", result_markdown(results))
     shutil.rmtree(output / "work", ignore_errors=True)
@@ -159,6 +160,7 @@ def _started(recipe: Recipe, console: Console, held: ExitStack) -> _Run:
     there = output.is_dir()
     if there:  # a new one is made when all is checked
         _work_alone(output, held)
+        check_output(output, recipe)  # another may have worked there a moment ago
     check_packages(recipe.chosen_task)
     check_training(recipe)
     models, splits = models_and_data(recipe, console)
@@ -167,7 +169,9 @@ def _started(recipe: Recipe, console: Console, held: ExitStack) -> _Run:
     check_models(models, recipe, splits)
     if not there:
         _work_alone(output, held)
-    store_json(output / "recipe.json", dump_recipe(recipe))
+        check_output(output, recipe)
+    if not (output / RECIPE_FILE).is_file():  # else it is this one; or has fewer seeds, as the results that are there
+        store_json(output / RECIPE_FILE, dump_recipe(recipe))
     keep_made(models.task, output)
     store_json(output / DATA_FILE, prints)
     return _Run(models, splits, output, console)
@@ -180,6 +184,8 @@ def _work_alone(output: Path, held: ExitStack) -> None:
     """
     try:
         held.enter_context(working_in(output))
+    except OSError as error:
+        raise RecipeError(f"output={output} cannot be worked in: {error}") from error
     except InUseError as error:
         raise RecipeError(
             f"output={output}: {error} Two at work on one run would spoil it. Wait for the other, or choose another "

@@ -131,7 +131,13 @@ def cached_teacher(
     try:
         with _autocast(args):
             cache = write_teacher_cache(
-                teacher, batches, folder, k=k, temperatures=sorted(temperatures), dtype=getattr(torch, spec.dtype)
+                teacher,
+                batches,
+                folder,
+                k=k,
+                temperatures=sorted(temperatures),
+                dtype=getattr(torch, spec.dtype),
+                wait=True,
             )
     except ValueError as error:
         raise RecipeError(f"{recipe.teacher_key(name)}.cache: {error}") from error

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from squeezeheads.errors import RecipeError
 from squeezeheads.files import read_json
 from squeezeheads.objectives import SqueezedHeads
-from squeezeheads.recipe import DISTILLED, Recipe
+from squeezeheads.recipe import DISTILLED, RECIPE_FILE, Recipe
 from squeezeheads.recipe_models import Models
 from squeezeheads.tasks import Pretrained, Splits, Task
 
@@ -32,7 +32,7 @@ def models_and_data(recipe: Recipe, console: Console) -> tuple[Models, Splits]:
     task = recipe.chosen_task
     paths = {name: spec.path for name, spec in recipe.named_teachers.items()}
     output = Path(recipe.output)
-    made = output / MADE if (output / "recipe.json").is_file() and (output / MADE).is_dir() else None
+    made = output / MADE if (output / RECIPE_FILE).is_file() and (output / MADE).is_dir() else None
     splits = task.load_data(Pretrained(paths, recipe.student.path, None if made is None else str(made)))
     for notice in splits.notices:
         console.print(notice, markup=False, highlight=False, soft_wrap=True)

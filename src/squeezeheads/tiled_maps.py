@@ -50,7 +50,7 @@ class TiledMaps:
         if self._kept is None:
             return self._make(samples, rows, "maps")
         if place not in self._kept:
-            self._kept[place] = self._make(samples, rows, f"maps {place}")
+            self._kept[place] = self._make(samples, rows, f"maps {len(self._kept)}")
         return self._kept[place]
 
     def _make(self, samples: slice, rows: slice, name: str) -> Tensor:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from squeezeheads.batches import evaluating
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import MachineError, RecipeError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,7 +54,7 @@ def check_installed(folder: str | None) -> None:
         RecipeError: they are not.
     """
     if find_spec("lm_eval") is None:
-        raise RecipeError("lm_eval_tasks needs the package lm-eval: pip install 'squeezeheads[eval]'.")
+        raise MachineError("lm_eval_tasks needs the package lm-eval: pip install 'squeezeheads[eval]'.")
     if folder is not None and not Path(folder).is_dir():
         raise RecipeError(f"lm_eval_folder={folder}: no such folder. Expected one with YAML files of lm-eval tasks.")
 

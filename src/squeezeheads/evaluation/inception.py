@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import MachineError, RecipeError
 from squeezeheads.evaluation.image_metrics import frechet_distance
 
 SPATIAL_CHANNELS = 7
@@ -21,11 +21,11 @@ NEEDED = ("torchmetrics", "torch_fidelity")
 def check_installed() -> None:
     """
     Raises:
-        RecipeError: a package of these metrics is missing.
+        MachineError: a package of these metrics is missing.
     """
     missing = [name for name in NEEDED if find_spec(name) is None]
     if missing:
-        raise RecipeError(
+        raise MachineError(
             f"FID, sFID and Inception score need torchmetrics, torch-fidelity and the weights that it downloads: "
             f"{' and '.join(missing)} missing. {_WAY_OUT}"
         )

@@ -123,7 +123,7 @@ def _layer_loss(
 @dataclass
 class SqueezedHeads(SqueezedObjective):
     """Squeezing-Heads Distillation: KL between squeezed teacher attention and student attention, in nats per valid row
-    and head, mean over paired layers. Exact; no map is held."""
+    and head, mean over paired layers. Exact; of maps a tile is held, and on a CPU one group's where they are small."""
 
     temperature: float = 1.0
     """Divides the attention scores of both models before their softmax."""

@@ -24,7 +24,7 @@ from squeezeheads.planning.problems import Problem, Problems
 from squeezeheads.planning.reading import read_with_problems
 from squeezeheads.planning.shapes import Shape, saved_bytes, shape_of, try_forward
 from squeezeheads.preflight import FOREIGN, as_in_training, check_output, check_packages, without_steps
-from squeezeheads.recipe import DISTILLED, ModelSpec, Recipe, TrainingSpec
+from squeezeheads.recipe import DISTILLED, RECIPE_FILE, ModelSpec, Recipe, TrainingSpec
 from squeezeheads.recipe_models import student_config, teacher_config, vocabulary
 from squeezeheads.recording import RecordingError
 from squeezeheads.run_cache import check_cache
@@ -147,7 +147,7 @@ class _Planning:
         recipe = self.recipe
         output = Path(recipe.output)
         try:
-            made = output / MADE if (output / "recipe.json").is_file() and (output / MADE).is_dir() else None
+            made = output / MADE if (output / RECIPE_FILE).is_file() and (output / MADE).is_dir() else None
         except (OSError, ValueError):  # no name of a folder, which has been told
             made = None
         known = {name: self._known(spec.path) for name, spec in recipe.named_teachers.items()}
@@ -158,6 +158,11 @@ class _Planning:
         self.sketch = sketch = self.task.sketch_data(pretrained)
         for key, message in sketch.problems:
             self.problems.add(message, ("task", self.name, *([key] if key else [])))
+        for key, message in sketch.lacking:
+            if self.problems.elsewhere:
+                self.problems.note(message)
+            else:
+                self.problems.add(message, ("task", self.name, *([key] if key else [])))
         for note in sketch.notes:
             self.problems.note(note)
         size = recipe.training.batch_size

@@ -259,7 +259,7 @@ def load_saved(source: str) -> Mapping[str, Any]:
 
     try:
         data = datasets.load_from_disk(source)
-    except (ValueError, OSError, datasets.exceptions.DatasetsError) as error:
+    except (ValueError, OSError, KeyError, TypeError, datasets.exceptions.DatasetsError) as error:
         raise RecipeError(f"data={source!r}: cannot be loaded: {error}") from error
     return data if isinstance(data, dict) else {"train": data}
 

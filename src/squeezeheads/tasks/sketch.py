@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from squeezeheads.errors import RecipeError
+from squeezeheads.errors import MachineError, RecipeError
 from squeezeheads.reading import first_object
 from squeezeheads.tasks.hub_data import HUB, parts_of
 from squeezeheads.tasks.text import (
@@ -31,6 +31,8 @@ class Sketch:
 
     problems: list[tuple[str, str]] = field(default_factory=list)
     """What is amiss: the key within the task ("" for the task as a whole), and a message."""
+    lacking: list[tuple[str, str]] = field(default_factory=list)
+    """The same of what this machine lacks and another may have."""
     notes: list[str] = field(default_factory=list)
     """What is assumed, or looked at later, a sentence each."""
     tokens: str = ""
@@ -46,6 +48,8 @@ class Sketch:
         """A ``RecipeError`` in the block becomes a problem of this key."""
         try:
             yield
+        except MachineError as error:
+            self.lacking.append((key, str(error)))
         except RecipeError as error:
             self.problems.append((key, str(error)))
 

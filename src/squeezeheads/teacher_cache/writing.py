@@ -50,12 +50,13 @@ def write_teacher_cache(
     temperatures: Sequence[float] = (1.0,),
     dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
+    wait: bool = False,
 ) -> CachedTeacher:
     """Run a teacher over batches and store its predictions for every sample, each once.
 
     Stopped and called again it goes on: whole shards are kept, half ones thrown away, samples that are stored are not
     run again. Batches of which all samples are stored do not reach the teacher, so a further call with more data adds
-    to a cache. One process writes a folder at a time; another is refused.
+    to a cache. One process writes a folder at a time; another is refused, or waits.
 
     Args:
         teacher: returns logits (B, N, V), a prediction a token of ``input_ids``, or (B, V), one a sample. It runs in
@@ -69,6 +70,7 @@ def write_teacher_cache(
         dtype: number type of the stored logits; ``None``: that of the teacher's, which changes no bit. In a narrower
             type each prediction's greatest logit is subtracted first, so that the likely classes keep most digits.
         shard_bytes: a shard is closed once it holds so many bytes.
+        wait: until no other process writes there.
 
     Raises:
         ValueError: an impossible k, temperature or number type; inputs that cannot be keyed (see the documentation of
@@ -91,7 +93,7 @@ def write_teacher_cache(
         writer.compute = _name(torch.get_autocast_dtype(device.type))
     check_folder(writer.folder)  # before anything is written there
     try:
-        with working_in(writer.folder):
+        with working_in(writer.folder, wait):
             _write(writer, teacher, batches, device)
     except InUseError as error:
         raise InUseError(f"{error} One process writes a teacher cache: wait for it, then call again.") from error
