@@ -95,7 +95,7 @@ def main() -> None:
         found = stored["times"]
     for case in cases(chosen.small):
         if not any(asdict(case).items() <= entry.items() for entry in found):
-            found += time_of(case)
+            found += time_of(case, 15 if chosen.small else None)
             write(output, found, [])
     write(output, found, memories(SMALL_MEMORY_TOKENS if chosen.small else MEMORY_TOKENS))
 
@@ -133,8 +133,12 @@ def _loss_and_gradient(name: str, case: Case) -> tuple[float, float]:
     return loss, float(query.norm().hypot(key.norm()))
 
 
-def time_of(case: Case) -> list[dict[str, Any]]:
-    """Entries of all versions that can do the case; printed as they come."""
+def time_of(case: Case, rounds: int | None = None) -> list[dict[str, Any]]:
+    """Entries of all versions that can do the case; printed as they come.
+
+    Args:
+        rounds: of which medians are taken; fewer for long sequences by default.
+    """
     inputs = make_inputs(case)
     versions = [name for name in VERSIONS if runs_on(name, case)]
     if case.teacher_map_bytes > MOST_MAPS:
@@ -145,7 +149,7 @@ def time_of(case: Case) -> list[dict[str, Any]]:
             tensor.grad = None
         VERSIONS[name](case, inputs)
 
-    rounds = 15 if case.tokens <= 512 else 7 if case.tokens <= 2048 else 2
+    rounds = rounds or (15 if case.tokens <= 512 else 7 if case.tokens <= 2048 else 2)
     # A version that takes seconds has nothing to warm up that counts.
     timings = interleaved(
         {name: lambda name=name: work(name) for name in versions}, "attention", rounds, warm_up=case.tokens <= 2048
