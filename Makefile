@@ -93,7 +93,9 @@ test-timm: $(TIMM_VENV)/.installed  ## the tests with timm alone, in an environm
 	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(TIMM_PY) -m pytest -q -m timm tests/test_timm.py $(ARGS)
 
 test-deepspeed: $(DEEPSPEED_VENV)/.installed  ## the tests with DeepSpeed alone, in an environment of their own (needs a C++ compiler; minutes)
-	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg $(DEEPSPEED_PY) -m pytest -q -m deepspeed tests/test_deepspeed.py $(ARGS)
+	@find $(DEEPSPEED_VENV) -path '*/extensions/*' -name lock -delete  # of a compilation that was killed: the next would wait for it
+	TORCH_EXTENSIONS_DIR=$(abspath $(DEEPSPEED_VENV))/extensions OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 MPLBACKEND=Agg \
+		$(DEEPSPEED_PY) -m pytest -q -m deepspeed tests/test_deepspeed.py $(ARGS)
 
 test-core: $(CORE_VENV)/.installed  ## the core in an environment with torch and numpy alone
 	$(CORE_PY) -I dev/check_core.py
