@@ -350,6 +350,7 @@ def test_evaluate_measures_attention_only_by_a_plan_that_fits(finished, tmp_path
     assert json.loads(capsys.readouterr().out).keys() == {"accuracy", "top5", "images_per_second"}
 
 
+@pytest.mark.slow
 def test_pretrained_students_start_alike_too(recipe, tmp_path):
     """A checkpoint without a classifier: the new one must not depend on what ran before."""
     classifier(4, width=24, patch_size=4).save_pretrained(tmp_path / "teacher")
@@ -404,9 +405,9 @@ def test_a_model_is_on_the_disk_before_it_counts_as_done(recipe, tmp_path, monke
 
     monkeypatch.setattr(running, "store_json", marking)
     monkeypatch.setattr(running, "make_durable", syncing)
-    assert main(["distill", recipe(baselines={})]) == 0
+    assert main(["distill", recipe(baselines={}, seeds=[0])]) == 0
     marks = [event for event in events if isinstance(event, Path)]
-    assert {mark.parent.name for mark in marks} == {"teacher", "seed-0", "seed-1"}
+    assert {mark.parent.name for mark in marks} == {"teacher", "seed-0"}
     for mark in marks:
         folder, names = events[events.index(mark) - 1]
         assert folder == mark.parent and "model.safetensors" in names and "result.json" not in names
@@ -576,7 +577,7 @@ def test_a_run_that_was_moved_is_the_same_run(finished, tmp_path):
 @pytest.mark.parametrize(
     ("package", "recipe_name", "answer"),
     [
-        ("diffusers", "fashion-dit", "pip install 'squeezeheads[diffusion]'"),
+        pytest.param("diffusers", "fashion-dit", "pip install 'squeezeheads[diffusion]'", marks=pytest.mark.slow),
         ("transformers", "digits", "pip install 'squeezeheads[hf]'"),
         ("accelerate", "digits", "pip install 'squeezeheads[hf]'"),  # which transformers misses, namelessly
         ("pathlib", "digits", "No extra of squeezeheads brings it"),

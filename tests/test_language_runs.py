@@ -190,6 +190,7 @@ def test_requests(tmp_path):
     assert "rouge_l" not in run["validation"]
 
 
+@pytest.mark.slow
 def test_a_finished_student_is_measured_in_another_way(tmp_path, capsys):
     """What only says how it is measured may differ from the run; what decides who learned what may not."""
     tree = requests_recipe(tmp_path)
@@ -310,6 +311,7 @@ def test_stopped_while_it_is_measured_a_student_is_trained_no_further(tmp_path, 
     assert a["losses"] == b["losses"] and len(a["losses"]) == 3 and a["loss"] == b["loss"]
 
 
+@pytest.mark.slow
 def test_a_teacher_may_be_called_as_a_student_is(tmp_path, texts):
     """Each training has checkpoints of its own, whatever the names."""
     teachers = {name: {"config": LLAMA, "training": BRIEF} for name in ("distilled-0", "distilled", "plan")}

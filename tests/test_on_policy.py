@@ -478,6 +478,7 @@ def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
         trainer(tmp_path, {"attention": shd()})
 
 
+@pytest.mark.slow
 def test_trl_that_is_missing_is_named():
     code = (
         "import sys; sys.modules['trl'] = None\n"

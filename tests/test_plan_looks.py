@@ -157,7 +157,10 @@ def a_damaged_index(folder: Path, stem: str) -> str:
     return f"{stem}.safetensors.index.json is damaged"
 
 
-@pytest.mark.parametrize("damage", [no_weights, a_pickle, a_lost_shard, a_damaged_index])
+@pytest.mark.parametrize(
+    "damage",
+    [no_weights, a_pickle, *(pytest.param(d, marks=pytest.mark.slow) for d in (a_lost_shard, a_damaged_index))],
+)
 @pytest.mark.parametrize(("tree", "stem"), [(IMAGES, "model"), (GENERATION, "diffusion_pytorch_model")])
 def test_weights_that_are_not_there_are_missed_before_the_run(write, tmp_path, tree, stem, damage, capsys):
     folder = teacher_of(write(tree), tmp_path / "teacher")
@@ -337,6 +340,7 @@ def test_seeds_are_added_to_a_finished_run(write, tmp_path, capsys):
     shutil.rmtree(tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_a_run_whose_further_seed_is_stopped_is_the_run_that_it_was(write, tmp_path, monkeypatch):
     path = write(IMAGES, seeds=[0], baselines={})
     assert main(["distill", str(path)]) == 0

@@ -80,6 +80,7 @@ def test_a_run_from_the_cache_is_the_run_from_the_teacher(tmp_path, requests, ca
     assert index["samples"] == json.loads((tmp_path / "few" / "data.json").read_text())["train"]["samples"]
 
 
+@pytest.mark.slow
 def test_a_run_in_mixed_precision_is_the_run_from_the_teacher_too(tmp_path, requests, capsys):
     """The cache was computed in it, and serves no run in another."""
     shared = {"k": "all", "folder": str(tmp_path / "shared")}

@@ -103,7 +103,7 @@ def test_every_mask_on_both_sides(student_mask, teacher_mask):
     check(case, "triton")
 
 
-@pytest.mark.parametrize("block", (16, 32, 128))
+@pytest.mark.parametrize("block", (pytest.param(16, marks=pytest.mark.slow), 32, 128))
 def test_blocks_change_nothing(block):
     case = make_case(3, queries=70, keys=70, student_mask="causal", teacher_mask="causal")
     student = test_divergence.with_leaves(case.student)
