@@ -61,7 +61,6 @@ def weighed_divergence(
     groups: Sequence[Sequence[int]],
     weigh: Weigh,
     rows: Tensor | None = None,
-    tile_bytes: int | None = None,
 ) -> Tensor:
     """The mean of ``attention_divergence`` with weights that are found from the maps on the way: group by group, so
     that maps which are small enough are made once for both.
@@ -69,10 +68,10 @@ def weighed_divergence(
     Args:
         groups: the teacher heads of each student head; checked.
         weigh: finds a group's weights; called once for each distinct group.
-        rows, tile_bytes: see ``tiled_divergence``.
+        rows: see ``tiled_divergence``.
     """
     mix = torch.zeros(len(student.query), len(groups), teacher.num_heads, device=student.query.device)
-    problem = _Problem(student, teacher, mix, rows, 1.0, tile_bytes, tuple(tuple(group) for group in groups), weigh)
+    problem = _Problem(student, teacher, mix, rows, 1.0, None, tuple(tuple(group) for group in groups), weigh)
     total, count = _TotalDivergence.apply(student.query, student.key, _learned_mask(student), problem)
     return total / count.where(count > 0, 1.0)
 
