@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord, compute_dtype, expand_to_four, head_index
-from squeezeheads.tiling import product
 
 
 class ScoreGradients:
@@ -20,10 +19,13 @@ class ScoreGradients:
     Args:
         record: whose scores are differentiated.
         query, key, mask: which of them are wanted; the shapes are the record's.
+        temperature: the scores are divided by it.
     """
 
-    def __init__(self, record: AttentionRecord, *, query: bool, key: bool, mask: bool) -> None:
-        self._record = record
+    def __init__(
+        self, record: AttentionRecord, *, query: bool, key: bool, mask: bool, temperature: float = 1.0
+    ) -> None:
+        self._record, self._temperature = record, temperature
         self.query = _zeros(record.query, record) if query else None
         self.key = _zeros(record.key, record) if key else None
         self.mask = _zeros(record.attention_mask, record) if mask and record.attention_mask is not None else None
@@ -37,32 +39,39 @@ class ScoreGradients:
         samples: slice,
         rows: slice,
         keys: slice,
-        *,
-        scale: float,
-        temperature: float = 1.0,
     ) -> None:
         """Add a tile.
 
         Args:
-            score_grad: (b, h, r, K) by the scores, which are ``query @ keyᵀ + mask / temperature``.
-            query: (b, h, r, D), times ``scale``.
-            key: (b, h, K, D).
+            score_grad: (b·h, r, K) by the scores, which are ``query @ keyᵀ + mask / temperature``.
+            query: (b·h, r, D), as ``AttentionRecord.query_tile`` gives it.
+            key: (b·h, K, D).
             heads, samples, rows, keys: where the tile lies.
-            scale: the factor that ``query`` carries.
         """
         if self.query is not None:
-            by_query = product(score_grad, key, score_grad.new_empty(query.shape))
-            self.query[samples, head_index(heads), rows] = by_query.mul_(scale)
+            target = self.query[samples, head_index(heads), rows]
+            if len(score_grad) == 1:
+                torch.mm(score_grad[0], key[0], out=target[0, 0])
+            else:
+                made = torch.bmm(score_grad, key).view(target.shape)
+                self.query[samples, head_index(heads), rows] = made
         if self.key is not None:
             for index, head in enumerate(heads):
+                of_head = slice(index, None, len(heads))
                 target = self.key[samples, self._record.key_value_head(head), keys]
-                by_score, asked = score_grad[:, index].transpose(-1, -2), query[:, index]
+                by_score, asked = score_grad[of_head].transpose(1, 2), query[of_head]
                 if len(target) == 1:  # as in ``product``
                     target[0].addmm_(by_score[0], asked[0])
                 else:
                     target.baddbmm_(by_score, asked)
         if self.mask is not None:
-            _add_broadcast(self.mask, score_grad / temperature, heads, samples, rows, keys)
+            by_mask = (score_grad / self._temperature).unflatten(0, (-1, len(heads)))
+            _add_broadcast(self.mask, by_mask, heads, samples, rows, keys)
+
+    def close(self) -> None:
+        """All tiles are added: the query that was asked for itself lacks what ``query_tile`` multiplies with."""
+        if self.query is not None:
+            self.query *= self._record.scale / self._temperature
 
     def present(self) -> list[Tensor]:
         """Those that are wanted, of query, key and mask in this order."""

@@ -33,8 +33,9 @@ class TiledMaps:
     ) -> None:
         everything = slice(None)
         self._record, self._heads, self._workspace, self._temperature = record, heads, workspace, temperature
-        self._query = record.query_tile(everything, heads, everything, temperature)
-        self._key = record.key_tile(everything, heads, everything)
+        # (B·heads, Q, D) and (B·heads, K, D): a tile of them is a view, where torch would copy one of four dimensions.
+        self._query = record.query_tile(everything, heads, everything, temperature).flatten(0, 1)
+        self._key = record.key_tile(everything, heads, everything).flatten(0, 1)
         self._kept: dict[tuple[int, int], Tensor] | None = {} if keep else None
 
     @property
@@ -54,21 +55,23 @@ class TiledMaps:
         return self._kept[place]
 
     def _make(self, samples: slice, rows: slice, name: str) -> Tensor:
-        record, keys = self._record, self._record.visible_keys(rows)
-        query, key = self._query[samples, :, rows], self._key[samples, :, keys]
-        shape = (*query.shape[:3], key.shape[2])
-        scores = product(query, key.transpose(-1, -2), self._workspace.take(name, shape, query.dtype))
+        record, keys, heads = self._record, self._record.visible_keys(rows), len(self._heads)
+        these = slice(samples.start * heads, samples.stop * heads)
+        query, key = self._query[these, rows], self._key[these, keys]
+        together = (*query.shape[:2], key.shape[1])
+        scores = product(query, key.transpose(1, 2), self._workspace.take(name, together, query.dtype))
+        scores = scores.view(-1, heads, *together[1:])
         allowed, bias = record.mask_tile(samples, self._heads, rows, keys, causality=False)
         if bias is not None:
             scores += bias / self._temperature
         if allowed is not None:
             scores.masked_fill_(~allowed, NEGATIVE)
         if record.is_causal:
-            self._workspace.fill_future(scores, rows, NEGATIVE)
+            self._workspace.forbid_future(scores, rows)
         # In place where that is known to work.
         maps = torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)
         if allowed is not None and allowed.shape[1] > 1:
             maps *= allowed  # a head may be allowed nothing in a row where others are
             if record.is_causal:
-                self._workspace.fill_future(maps, rows, 0.0)
+                self._workspace.drop_future(maps, rows)
         return maps

@@ -113,8 +113,9 @@ class _TotalDivergence(torch.autograd.Function):
         if gradients is not None:
             ctx.dtypes = gradients.dtypes(query, key, mask)
             ctx.save_for_backward(*gradients.present())
-        ctx.mark_non_differentiable(sweep.count)
-        return sweep.total, sweep.count
+        total, count = sweep.total()
+        ctx.mark_non_differentiable(count)
+        return total, count
 
     @staticmethod
     def backward(ctx: Any, grad_total: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
@@ -128,10 +129,9 @@ class _RowDivergence(torch.autograd.Function):
     def forward(ctx: Any, query: Tensor, key: Tensor, mask: Tensor | None, problem: _Problem) -> Tensor:
         ctx.problem = problem
         ctx.save_for_backward(query, key)  # so that an in-place change before backward is noticed
-        sweep = _Sweep(problem, each_row=True)
+        sweep = _Sweep(problem)
         sweep.run()
-        assert sweep.each_row is not None
-        return sweep.each_row
+        return sweep.each_row()
 
     @staticmethod
     def backward(ctx: Any, grad_rows: Tensor) -> tuple[Tensor | None, ...]:
@@ -145,19 +145,16 @@ class _RowDivergence(torch.autograd.Function):
 
 def _gradients(problem: _Problem, wanted: Sequence[bool]) -> ScoreGradients:
     """Zeros for those of the student's query, key and mask whose gradients autograd asks for."""
-    return ScoreGradients(problem.student, query=wanted[0], key=wanted[1], mask=wanted[2])
+    return ScoreGradients(
+        problem.student, query=wanted[0], key=wanted[1], mask=wanted[2], temperature=problem.temperature
+    )
 
 
 class _Sweep:
     """One pass over all tiles."""
 
     def __init__(
-        self,
-        problem: _Problem,
-        *,
-        gradients: ScoreGradients | None = None,
-        each_row: bool = False,
-        factors: Tensor | None = None,
+        self, problem: _Problem, *, gradients: ScoreGradients | None = None, factors: Tensor | None = None
     ) -> None:
         student, teacher = problem.student, problem.teacher
         self.problem = problem
@@ -169,10 +166,9 @@ class _Sweep:
         self.same_support = student.attention_mask is None is teacher.attention_mask and (
             student.is_causal == teacher.is_causal
         )
-        batch, heads, queries, _ = student.query.shape
-        self.total = torch.zeros((), dtype=torch.float64, device=device)
-        self.count = torch.zeros((), dtype=torch.float64, device=device)
-        self.each_row = torch.zeros(batch, heads, queries, dtype=self.dtype, device=device) if each_row else None
+        each_row = student.query.shape[:3]
+        self.divergence = torch.zeros(each_row, dtype=self.dtype, device=device)
+        self.valid = None if self.same_support else torch.zeros(each_row, dtype=self.dtype, device=device)
         self.factors = factors
         self.gradients = gradients
         self.workspace = Workspace(device)
@@ -195,8 +191,29 @@ class _Sweep:
                 block = _Block(self, heads, serving, taught)
                 for samples, rows in parts:
                     block.tile(samples, rows)
-        self.total = self.total.to(self.dtype)
-        self.count = self.count.to(self.dtype)
+            if self.gradients is not None:
+                self.gradients.close()
+
+    def total(self) -> tuple[Tensor, Tensor]:
+        """(Σ weight · KL, Σ weight) over all rows."""
+        weights = self._weights()
+        if weights is None:
+            count = self.divergence.new_tensor(self.divergence.numel())
+            return self.divergence.sum(dtype=torch.float64).to(self.dtype), count
+        total = (self.divergence * weights).sum(dtype=torch.float64)
+        return total.to(self.dtype), weights.sum(dtype=torch.float64).to(self.dtype)
+
+    def each_row(self) -> Tensor:
+        """(B, S, Q): KL of the rows that count, 0 elsewhere."""
+        weights = self._weights()
+        return self.divergence if weights is None else self.divergence * (weights > 0)
+
+    def _weights(self) -> Tensor | None:
+        """(B, S, Q); ``None`` where each is 1."""
+        if self.problem.rows is None:
+            return self.valid
+        given = self.problem.rows[:, None].to(self.dtype)
+        return given.expand_as(self.divergence) if self.valid is None else self.valid * given
 
     def _maps_of(self, serving: list[int], parts: Tiles) -> TiledMaps:
         problem = self.problem
@@ -219,27 +236,32 @@ class _Block:
 
     Attributes:
         mix: (B, s, t).
-        query: (B, s, Q, D), times ``scale`` and by the temperature; ``key``: (B, s, K, D).
+        query: (B·s, Q, D), times ``scale`` and by the temperature; ``key``: (B·s, K, D).
         taught: the maps of the teacher heads.
     """
 
     def __init__(self, sweep: _Sweep, heads: list[int], serving: list[int], taught: TiledMaps) -> None:
         problem, everything = sweep.problem, slice(None)
         self.sweep, self.problem, self.heads, self.serving = sweep, problem, heads, serving
+        self.index = head_index(heads)
         self.mix = sweep.mix[:, heads][:, :, serving]
-        self.query = problem.student.query_tile(everything, heads, everything, problem.temperature)
-        self.key = problem.student.key_tile(everything, heads, everything)
+        self.query = problem.student.query_tile(everything, heads, everything, problem.temperature).flatten(0, 1)
+        self.key = problem.student.key_tile(everything, heads, everything).flatten(0, 1)
         self.taught = taught
 
     def tile(self, samples: slice, rows: slice) -> None:
         sweep, problem, student, teacher = self.sweep, self.problem, self.problem.student, self.problem.teacher
-        dtype = sweep.dtype
+        dtype, workspace = sweep.dtype, sweep.workspace
         last = min(student.visible_keys(rows).stop, teacher.visible_keys(rows).stop)
         keys = slice(0, last)
-        squeezed = self._squeezed(samples, rows)[..., :last]
+        squeezed = self._squeezed(samples, rows)
+        if squeezed.shape[-1] > last:
+            squeezed = squeezed[..., :last]
 
-        query, key = self.query[samples, :, rows], self.key[samples, :, keys]
-        scores = product(query, key.transpose(-1, -2), sweep.take("scores", squeezed.shape))
+        these = slice(samples.start * len(self.heads), samples.stop * len(self.heads))
+        query, key = self.query[these, rows], self.key[these, keys]
+        together, shape = (*query.shape[:2], last), squeezed.shape
+        scores = product(query, key.transpose(1, 2), workspace.take("scores", together, dtype)).view(shape)
         allowed, bias = student.mask_tile(samples, self.heads, rows, keys, causality=False)
         if bias is not None:
             scores += bias / problem.temperature
@@ -247,46 +269,45 @@ class _Block:
         if common is not None:
             scores.masked_fill_(~common, NEGATIVE)
         if sweep.causal:
-            sweep.workspace.fill_future(scores, rows, NEGATIVE)
-        valid: Tensor | None = None
-        if not sweep.same_support:
+            workspace.forbid_future(scores, rows)
+        if sweep.valid is not None:
             if common is not None:
                 squeezed *= common
             if sweep.causal:
-                sweep.workspace.fill_future(squeezed, rows, 0.0)
+                workspace.drop_future(squeezed, rows)
             mass = squeezed.sum(-1, keepdim=True)
-            valid = mass.squeeze(-1) > 0
+            sweep.valid[samples, self.index, rows] = (mass.squeeze(-1) > 0).to(dtype)
             squeezed /= mass.where(mass > 0, 1.0)
 
         # One softmax serves the map and the log-normaliser: the largest entry of a row is exp(0) / normaliser. (torch's
         # exp and log are many times slower than its softmax where numbers are subnormal.)
         top = scores.amax(-1, keepdim=True)
-        student_map = torch.softmax(scores, -1, out=sweep.take("student map", scores.shape))
-        log_normaliser = top - student_map.amax(-1, keepdim=True).log_()
+        student_map = torch.softmax(scores, -1, out=workspace.take("student map", shape, dtype))
+        log_normaliser = top.sub_(student_map.amax(-1, keepdim=True).log_())
         # Term by term Σ P (log P − log Q): the difference of two sums would cancel.
-        log_ratio = torch.clamp_min(squeezed, torch.finfo(dtype).tiny, out=sweep.take("log ratio", scores.shape)).log_()
-        log_ratio -= scores
-        log_ratio += log_normaliser
-        divergence = log_ratio.mul_(squeezed).sum(-1)  # (b, s, r)
+        log_ratio = torch.clamp_min(squeezed, torch.finfo(dtype).tiny, out=workspace.take("log ratio", shape, dtype))
+        log_ratio.log_().sub_(scores).add_(log_normaliser)
+        sweep.divergence[samples, self.index, rows] = log_ratio.mul_(squeezed).sum(-1)
 
-        weights = self._weights(divergence, valid, samples, rows)
-        if sweep.each_row is not None:
-            counted = divergence if weights is None else divergence * (weights > 0)
-            sweep.each_row[samples, head_index(self.heads), rows] = counted
-        sweep.total += (divergence if weights is None else divergence * weights).sum(dtype=torch.float64)
-        sweep.count += divergence.numel() if weights is None else weights.sum(dtype=torch.float64)
         if sweep.gradients is not None:
             score_grad = student_map.sub_(squeezed)
-            factors = weights
-            if sweep.factors is not None:
-                factors = sweep.factors[samples, head_index(self.heads), rows]
-                factors = factors if weights is None else factors * (weights > 0)
+            factors = self._factors(samples, rows)
             if factors is not None:
                 score_grad *= factors[..., None]
-            sweep.gradients.add(
-                score_grad, query, key, self.heads, samples, rows, keys,
-                scale=student.scale / problem.temperature, temperature=problem.temperature,
-            )  # fmt: skip
+            sweep.gradients.add(score_grad.flatten(0, 1), query, key, self.heads, samples, rows, keys)
+
+    def _factors(self, samples: slice, rows: slice) -> Tensor | None:
+        """(b, s, r) or (b, 1, r): what the gradients of these rows are multiplied with; ``None`` where that is 1."""
+        sweep, given = self.sweep, self.problem.rows
+        valid = None if sweep.valid is None else sweep.valid[samples, self.index, rows]
+        weights = valid
+        if given is not None:
+            own = given[samples, rows][:, None].to(sweep.dtype)
+            weights = own if valid is None else own * valid
+        if sweep.factors is None:
+            return weights
+        factors = sweep.factors[samples, self.index, rows]
+        return factors if weights is None else factors * (weights > 0)
 
     def _squeezed(self, samples: slice, rows: slice) -> Tensor:
         """(b, s, r, K): the teacher's maps, mixed, on the keys that its rows can reach; a row without any is for the
@@ -299,7 +320,8 @@ class _Block:
                 mixed.addcmul_(maps[:, t : t + 1], mix[:, :, t : t + 1, None])
             return mixed
         shape = (maps.shape[0], mix.shape[1], *maps.shape[2:])
-        return torch.matmul(mix, maps.flatten(2), out=self.sweep.take("squeezed", shape).flatten(2)).view(shape)
+        mixed = self.sweep.workspace.take("squeezed", shape, self.sweep.dtype)
+        return torch.bmm(mix, maps.flatten(2), out=mixed.flatten(2)).view(shape)
 
     def _common_mask(self, for_student: Tensor | None, samples: slice, rows: slice, keys: slice) -> Tensor | None:
         """Keys that the masks of the student and of a serving teacher head allow; ``None`` where that is all of
@@ -312,14 +334,6 @@ class _Block:
         if for_student is None or for_teacher is None:
             return for_teacher if for_student is None else for_student
         return for_student & for_teacher
-
-    def _weights(self, divergence: Tensor, valid: Tensor | None, samples: slice, rows: slice) -> Tensor | None:
-        """(b, s, r); ``None`` where each is 1."""
-        weights = None if valid is None else valid.to(divergence.dtype)
-        if self.problem.rows is None:
-            return weights
-        given = self.problem.rows[samples, rows][:, None].to(divergence.dtype)
-        return given.expand_as(divergence) if weights is None else weights * given
 
 
 def _head_blocks(problem: _Problem) -> list[tuple[list[int], list[int]]]:

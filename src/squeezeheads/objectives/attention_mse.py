@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import NEGATIVE, AttentionRecord, check_rows, compute_dtype, take_heads
+from squeezeheads.attention import NEGATIVE, AttentionRecord, check_rows, compute_dtype
 from squeezeheads.objectives.base import Evidence
 from squeezeheads.objectives.layer_plan import PairedObjective, check_learnable
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
@@ -192,9 +192,10 @@ def _sweep(problem: _Problem, gradients: ScoreGradients) -> tuple[Tensor, Tensor
             count += weight.sum(dtype=torch.float64)
             score_grad *= weight[..., None]
             if gradients.present():
-                key = take_heads(student.key[samples, :, keys], [student.key_value_head(h) for h in heads]).to(dtype)
-                query = take_heads(student.query[samples, :, rows], heads).to(dtype) * student.scale
-                gradients.add(score_grad, query, key, heads, samples, rows, keys, scale=student.scale)
+                query = student.query_tile(samples, heads, rows).flatten(0, 1)
+                key = student.key_tile(samples, heads, keys).flatten(0, 1)
+                gradients.add(score_grad.flatten(0, 1), query, key, heads, samples, rows, keys)
+    gradients.close()
     return total, count
 
 
