@@ -256,6 +256,7 @@ def test_seeded_restores_after_an_error():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+@pytest.mark.slow
 def test_resumed_run_sees_the_images_of_an_undisturbed_one(tmp_path):
     """Augmentation, mixed labels, dropout: losses and weights to the last bit."""
 

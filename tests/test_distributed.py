@@ -112,7 +112,7 @@ def test_what_is_compared_depends_on_each_term(quick):
     assert min(g.abs().max() for g in gradients.values()) > 1e-4
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_resumed_run_goes_on_as_it_would_have(quick, way):
     """Projectors, their optimiser's state and the schedule among it."""
     whole, again = quick / way / "plain", quick / way / "plain, resumed"

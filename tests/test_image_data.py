@@ -446,6 +446,7 @@ def test_processors_that_do_something_else_are_refused(tmp_path, processor, mess
         task(tmp_path / "all", Pretrained({"teacher": str(tmp_path / "teacher")}))
 
 
+@pytest.mark.slow
 def test_a_run_saves_the_processor_beside_the_student(recipe, tmp_path):  # noqa: F811
     """A pretrained teacher and student with normalisations of their own, through the command line."""
     teacher = pretrained(tmp_path / "teacher", 6, mean=0.3)

@@ -136,6 +136,7 @@ def test_evaluate_prints_what_the_run_measured(finished, capsys):
     assert metrics["attention"] == pytest.approx(run["attention"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_students_of_a_seed_see_the_same_images_noise_and_steps(finished, tmp_path):
     """With the teacher's terms weighed 0, the distilled student is the one without a teacher, bit for bit."""
     path, output, _ = finished

@@ -324,6 +324,7 @@ def test_a_package_that_is_needed_at_the_end_is_missed_at_the_beginning(write, m
     assert any(f"a run needs {package}, missing here" in message for message in messages(path))
 
 
+@pytest.mark.slow
 def test_seeds_are_added_to_a_finished_run(write, tmp_path, capsys):
     """What is there stays; fewer seeds, or others, are another run."""
     path = write(IMAGES, seeds=[0], baselines={})

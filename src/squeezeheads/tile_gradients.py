@@ -12,7 +12,8 @@ from squeezeheads.attention import AttentionRecord, compute_dtype, expand_to_fou
 
 
 class ScoreGradients:
-    """Gradients by a record's query, key and mask, summed from tiles of the gradient by its scores.
+    """Gradients by a record's query, key and mask, from tiles of the gradient by its scores: all rows of all heads,
+    each once, and ``close`` when they are there.
 
     They are kept in the compute dtype: divided by a count, small ones would underflow in half precision.
 
@@ -49,11 +50,10 @@ class ScoreGradients:
             heads, samples, rows, keys: where the tile lies.
         """
         if self.query is not None:
-            target = self.query[samples, head_index(heads), rows]
-            if len(score_grad) == 1:
-                torch.mm(score_grad[0], key[0], out=target[0, 0])
+            if len(score_grad) == 1:  # as in ``product``
+                torch.mm(score_grad[0], key[0], out=self.query[samples.start, heads[0], rows])
             else:
-                made = torch.bmm(score_grad, key).view(target.shape)
+                made = torch.bmm(score_grad, key).unflatten(0, (-1, len(heads)))
                 self.query[samples, head_index(heads), rows] = made
         if self.key is not None:
             for index, head in enumerate(heads):
@@ -69,7 +69,7 @@ class ScoreGradients:
             _add_broadcast(self.mask, by_mask, heads, samples, rows, keys)
 
     def close(self) -> None:
-        """All tiles are added: the query that was asked for itself lacks what ``query_tile`` multiplies with."""
+        """After the last tile: bring the factor of ``AttentionRecord.query_tile`` into the gradient by the query."""
         if self.query is not None:
             self.query *= self._record.scale / self._temperature
 

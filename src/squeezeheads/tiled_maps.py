@@ -67,7 +67,7 @@ class TiledMaps:
         if allowed is not None:
             scores.masked_fill_(~allowed, NEGATIVE)
         if record.is_causal:
-            self._workspace.forbid_future(scores, rows)
+            self._workspace.forbid_future(scores, rows, NEGATIVE)
         # In place where that is known to work.
         maps = torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)
         if allowed is not None and allowed.shape[1] > 1:

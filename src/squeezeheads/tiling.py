@@ -8,8 +8,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import NEGATIVE
-
 # Bytes of maps that a tile may hold: small enough for a core's cache, large enough for efficient products. Other
 # devices want more work at a time; theirs has not been measured.
 TILE_BYTES = 8 * 2**20
@@ -75,11 +73,12 @@ class Workspace:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._kept: dict[tuple[str, torch.dtype], Tensor] = {}
+        # What was made once is handed out again: on small tiles making a view takes as long as filling it.
         self._views: dict[tuple[str, torch.dtype], dict[tuple[int, ...], Tensor]] = {}
-        self._futures: dict[tuple[torch.Size, torch.dtype], Tensor] = {}
+        self._corners: dict[tuple[torch.Size, torch.dtype, float], Tensor] = {}
 
     def take(self, name: str, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """A contiguous tensor of any content. It lives until the same name is taken again."""
+        """A contiguous tensor of any content, not to be resized. It lives until the same name is taken again."""
         size, key, shape = math.prod(shape), (name, dtype), tuple(shape)
         if key not in self._kept or self._kept[key].numel() < size:
             self._kept[key] = torch.empty(size, dtype=dtype, device=self.device)
@@ -89,26 +88,30 @@ class Workspace:
             views[shape] = self._kept[key][:size].view(shape)
         return views[shape]
 
-    def forbid_future(self, scores: Tensor, rows: slice) -> None:
-        """Bring scores of keys that lie after their row to ``NEGATIVE`` or less: the mask of causality.
+    def forbid_future(self, scores: Tensor, rows: slice, lowest: float) -> None:
+        """Write ``lowest`` where keys lie after their row: the mask of causality. NaN stays NaN.
 
         Args:
             scores: (..., r, K): a tile of these rows, on the keys from the first to at most the last row's own.
+            lowest: no score is less.
         """
         corner = scores[..., rows.start :]  # earlier keys are past for all rows
         if corner.shape[-1] > 0:
-            # A sum is many times faster than torch's masked_fill_, and rounds to NEGATIVE.
-            corner.add_(self._future_of(corner), alpha=NEGATIVE)
+            # Several times faster than torch's masked_fill_.
+            torch.minimum(corner, self._corner(corner, torch.inf, lowest), out=corner)
 
     def drop_future(self, maps: Tensor, rows: slice) -> None:
-        """Write 0 where keys lie after their row; see ``forbid_future``."""
+        """Write 0 where keys lie after their row; see ``forbid_future``. Entries are finite."""
         corner = maps[..., rows.start :]
         if corner.shape[-1] > 0:
-            corner.addcmul_(corner, self._future_of(corner), value=-1)
+            corner *= self._corner(corner, 1.0, 0.0)
 
-    def _future_of(self, corner: Tensor) -> Tensor:
-        """(r, n) of a corner (..., r, n): 1 where a key lies after its row, else 0."""
-        size, dtype = corner.shape[-2:], corner.dtype
-        if (size, dtype) not in self._futures:
-            self._futures[size, dtype] = torch.ones(size, dtype=dtype, device=self.device).triu_(1)
-        return self._futures[size, dtype]
+    def _corner(self, like: Tensor, past: float, future: float) -> Tensor:
+        """(r, n) for a corner (..., r, n): one number where a key is its row's own or before it, one where it is after
+        it."""
+        key = (like.shape[-2:], like.dtype, past)
+        if key not in self._corners:
+            is_past = torch.ones(key[0], dtype=torch.bool, device=self.device).tril_()
+            self._corners[key] = torch.full(key[0], future, dtype=like.dtype, device=self.device)
+            self._corners[key].masked_fill_(is_past, past)
+        return self._corners[key]

@@ -150,6 +150,9 @@ def _gradients(problem: _Problem, wanted: Sequence[bool]) -> ScoreGradients:
     )
 
 
+_ALL = slice(None)
+
+
 class _Sweep:
     """One pass over all tiles."""
 
@@ -163,12 +166,12 @@ class _Sweep:
         self.mix = problem.mix.to(self.dtype)
         self.causal = student.is_causal or teacher.is_causal
         # Masked by nothing, or by causality alone: P lives on the common support already, and no row is empty.
-        self.same_support = student.attention_mask is None is teacher.attention_mask and (
+        same_support = student.attention_mask is None is teacher.attention_mask and (
             student.is_causal == teacher.is_causal
         )
-        each_row = student.query.shape[:3]
-        self.divergence = torch.zeros(each_row, dtype=self.dtype, device=device)
-        self.valid = None if self.same_support else torch.zeros(each_row, dtype=self.dtype, device=device)
+        shape = student.query.shape[:3]
+        self.divergence = torch.zeros(shape, dtype=self.dtype, device=device)
+        self.valid = None if same_support else torch.zeros(shape, dtype=self.dtype, device=device)
         self.factors = factors
         self.gradients = gradients
         self.workspace = Workspace(device)
@@ -196,24 +199,25 @@ class _Sweep:
 
     def total(self) -> tuple[Tensor, Tensor]:
         """(Σ weight · KL, Σ weight) over all rows."""
-        weights = self._weights()
+        weights = self.weights()
         if weights is None:
-            count = self.divergence.new_tensor(self.divergence.numel())
+            count = self.divergence.new_full((), self.divergence.numel())  # new_tensor would copy from the host
             return self.divergence.sum(dtype=torch.float64).to(self.dtype), count
         total = (self.divergence * weights).sum(dtype=torch.float64)
         return total.to(self.dtype), weights.sum(dtype=torch.float64).to(self.dtype)
 
     def each_row(self) -> Tensor:
         """(B, S, Q): KL of the rows that count, 0 elsewhere."""
-        weights = self._weights()
+        weights = self.weights()
         return self.divergence if weights is None else self.divergence * (weights > 0)
 
-    def _weights(self) -> Tensor | None:
-        """(B, S, Q); ``None`` where each is 1."""
+    def weights(self, samples: slice = _ALL, heads: slice | list[int] = _ALL, rows: slice = _ALL) -> Tensor | None:
+        """(b, s, r) of rows that were seen; ``None`` where each is 1."""
+        valid = None if self.valid is None else self.valid[samples, heads, rows]
         if self.problem.rows is None:
-            return self.valid
-        given = self.problem.rows[:, None].to(self.dtype)
-        return given.expand_as(self.divergence) if self.valid is None else self.valid * given
+            return valid
+        given = self.problem.rows[samples, rows][:, None].to(self.dtype)
+        return given.expand_as(self.divergence[samples, heads, rows]) if valid is None else valid * given
 
     def _maps_of(self, serving: list[int], parts: Tiles) -> TiledMaps:
         problem = self.problem
@@ -227,16 +231,13 @@ class _Sweep:
         keys = self.problem.teacher.visible_keys(rows)
         return rows.stop - rows.start, keys.stop - keys.start
 
-    def take(self, name: str, shape: Sequence[int]) -> Tensor:
-        return self.workspace.take(name, shape, self.dtype)
-
 
 class _Block:
     """Some student heads and the teacher heads that serve them, in a pass.
 
     Attributes:
         mix: (B, s, t).
-        query: (B·s, Q, D), times ``scale`` and by the temperature; ``key``: (B·s, K, D).
+        query: (B·s, Q, D), times ``scale / temperature``; ``key``: (B·s, K, D).
         taught: the maps of the teacher heads.
     """
 
@@ -244,7 +245,7 @@ class _Block:
         problem, everything = sweep.problem, slice(None)
         self.sweep, self.problem, self.heads, self.serving = sweep, problem, heads, serving
         self.index = head_index(heads)
-        self.mix = sweep.mix[:, heads][:, :, serving]
+        self.mix = sweep.mix[:, self.index][:, :, head_index(serving)]
         self.query = problem.student.query_tile(everything, heads, everything, problem.temperature).flatten(0, 1)
         self.key = problem.student.key_tile(everything, heads, everything).flatten(0, 1)
         self.taught = taught
@@ -269,7 +270,7 @@ class _Block:
         if common is not None:
             scores.masked_fill_(~common, NEGATIVE)
         if sweep.causal:
-            workspace.forbid_future(scores, rows)
+            workspace.forbid_future(scores, rows, NEGATIVE)
         if sweep.valid is not None:
             if common is not None:
                 squeezed *= common
@@ -291,23 +292,13 @@ class _Block:
 
         if sweep.gradients is not None:
             score_grad = student_map.sub_(squeezed)
-            factors = self._factors(samples, rows)
+            factors = weights = sweep.weights(samples, self.index, rows)
+            if sweep.factors is not None:
+                factors = sweep.factors[samples, self.index, rows]
+                factors = factors if weights is None else factors * (weights > 0)
             if factors is not None:
                 score_grad *= factors[..., None]
             sweep.gradients.add(score_grad.flatten(0, 1), query, key, self.heads, samples, rows, keys)
-
-    def _factors(self, samples: slice, rows: slice) -> Tensor | None:
-        """(b, s, r) or (b, 1, r): what the gradients of these rows are multiplied with; ``None`` where that is 1."""
-        sweep, given = self.sweep, self.problem.rows
-        valid = None if sweep.valid is None else sweep.valid[samples, self.index, rows]
-        weights = valid
-        if given is not None:
-            own = given[samples, rows][:, None].to(sweep.dtype)
-            weights = own if valid is None else own * valid
-        if sweep.factors is None:
-            return weights
-        factors = sweep.factors[samples, self.index, rows]
-        return factors if weights is None else factors * (weights > 0)
 
     def _squeezed(self, samples: slice, rows: slice) -> Tensor:
         """(b, s, r, K): the teacher's maps, mixed, on the keys that its rows can reach; a row without any is for the
