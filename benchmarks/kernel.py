@@ -49,6 +49,7 @@ MOST_MEMORY = 18 * 2**30  # bytes
 WITH_MEMORY = ("ours, mean", "ours, least_squares", "materialised, mean", "materialised, least_squares")
 MEMORY_TOKENS = (1024, 2048, 4096, 8192, 16384)
 SMALL_MEMORY_TOKENS = (2048, 8192, 16384)
+SMALL_ROUNDS = 9
 TESTS = ("tests/test_divergence.py", "tests/test_squeezing.py", "tests/test_row_sample.py")
 
 
@@ -95,9 +96,10 @@ def main() -> None:
         found = stored["times"]
     for case in cases(chosen.small):
         if not any(asdict(case).items() <= entry.items() for entry in found):
-            found += time_of(case, 15 if chosen.small else None)
+            found += time_of(case, SMALL_ROUNDS if chosen.small else None)
             write(output, found, [])
-    write(output, found, memories(SMALL_MEMORY_TOKENS if chosen.small else MEMORY_TOKENS))
+    versions, tokens = (WITH_MEMORY[:3], SMALL_MEMORY_TOKENS) if chosen.small else (WITH_MEMORY, MEMORY_TOKENS)
+    write(output, found, memories(versions, tokens))
 
 
 def write(output: Path, times: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
@@ -162,10 +164,10 @@ def time_of(case: Case, rounds: int | None = None) -> list[dict[str, Any]]:
     return [{**asdict(case), "version": name, "rounds": rounds, **asdict(t)} for name, t in timings.items()]
 
 
-def memories(tokens: Sequence[int]) -> list[dict[str, Any]]:
+def memories(versions: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
     """Peak memory of 16 → 8 heads, each measurement in a process of its own; printed at the end."""
     found, rows = [], []
-    for name in WITH_MEMORY:
+    for name in versions:
         for count in tokens:
             case = replace(SHAPES[0], tokens=count)
             free = available_bytes()

@@ -40,9 +40,15 @@ def tiles(
     if tile_bytes is None:
         tile_bytes = TILE_BYTES if device.type == "cpu" else DEVICE_TILE_BYTES
     fitting = max(tile_bytes // max(row_bytes, 1), 16)
-    rows = max(min(fitting, num_rows, CAUSAL_ROWS if causal else num_rows), 1)
-    samples = max(1, min(batch, fitting // rows))
+    rows = _even(num_rows, min(fitting, CAUSAL_ROWS if causal else num_rows))
+    samples = _even(batch, fitting // rows)
     return [(b, r) for b in slices(batch, samples) for r in slices(num_rows, rows)]
+
+
+def _even(length: int, most: int) -> int:
+    """The step of at most ``most`` that cuts ``length`` into the fewest parts, as even as they can be."""
+    parts = -(-length // max(most, 1))
+    return -(-length // max(parts, 1)) or 1
 
 
 def slices(length: int, step: int) -> Iterator[slice]:
