@@ -38,6 +38,14 @@ def describe_run() -> dict[str, Any]:
     }
 
 
+def use_threads(count: int) -> None:
+    """Of torch, in this process and in those that it starts."""
+    import torch
+
+    os.environ["OMP_NUM_THREADS"] = str(count)
+    torch.set_num_threads(count)
+
+
 def write_result(path: Path, result: Mapping[str, Any]) -> None:
     """Write ``result`` as JSON, below the description of the run. Lists take a line an entry."""
     path.parent.mkdir(parents=True, exist_ok=True)

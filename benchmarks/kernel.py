@@ -5,6 +5,8 @@
     python -m benchmarks.kernel --small              # three of them (minutes); writes results/speed/kernel-small.json
     python -m benchmarks.kernel --page [--small]     # tables and plot of docs/speed.md from either file
 
+One thread, unless ``--threads`` says another number; the file is then named after it.
+
 What is measured: mixing matrix, loss, and its gradients for the student's query and key, float32. ``attention`` is the
 layer itself, which no training can do without: the teacher's forward, the student's forward and backward, through
 ``scaled_dot_product_attention``. ``materialised`` is the loss as one writes it on the maps that ``output_attentions``
@@ -20,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,7 +30,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.environment import RESULTS, ROOT, describe_run, print_table, write_result
+from benchmarks.environment import RESULTS, ROOT, describe_run, print_table, use_threads, write_result
 from benchmarks.interleaved import interleaved
 from benchmarks.kernel_cases import VERSIONS, Case, make_inputs, needed_bytes, runs_on
 from benchmarks.process_memory import available_bytes, peak_above
@@ -69,23 +72,27 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="a few shapes, in minutes")
     parser.add_argument("--go-on", action="store_true", help="keep what the output holds of the same cases")
     parser.add_argument("--page", action="store_true", help="measure nothing; write the documentation's table and plot")
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--memory-of", help="internal: measure this version's memory and print JSON")
     parser.add_argument("--case", help="internal: the case, as JSON")
     chosen = parser.parse_args()
+    use_threads(chosen.threads)
     if chosen.memory_of:
         print(json.dumps(memory_here(chosen.memory_of, Case(**json.loads(chosen.case)))))
         return
+    file = SMALL_FILE if chosen.small else FILE
+    if chosen.threads != 1:
+        file = file.with_stem(f"{file.stem}-{chosen.threads}-threads")
+    output: Path = chosen.output or file
     if chosen.page:
         from benchmarks.speed_page import write_kernel
 
-        file = chosen.output or (SMALL_FILE if chosen.small else FILE)
-        if not file.is_file():
-            raise SystemExit(f"{file} is not there: measure first, without --page.")
-        write_kernel(PAGE, file)
+        if not output.is_file():
+            raise SystemExit(f"{output} is not there: measure first, without --page.")
+        write_kernel(PAGE, output)
         return
     check()
-    output = chosen.output or (SMALL_FILE if chosen.small else FILE)
     found: list[dict[str, Any]] = []
     if chosen.go_on and output.is_file():
         stored = json.loads(output.read_text())
@@ -189,6 +196,7 @@ def memory_of(name: str, case: Case) -> dict[str, Any]:
         RuntimeError: the process failed; says what it said.
     """
     command = [sys.executable, "-m", "benchmarks.kernel", "--memory-of", name, "--case", json.dumps(asdict(case))]
+    command += ["--threads", os.environ["OMP_NUM_THREADS"]]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"{name} on {case} failed with exit code {done.returncode}:\n{done.stderr}")

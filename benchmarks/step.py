@@ -14,7 +14,7 @@ A step: teacher's forward, student's forward and backward, AdamW. Random weights
 ``logit KD`` (DiT: prediction matching) is 1; all others but "no teacher" add something to it. ``materialised, mean`` is
 the loss with constant weights on maps in memory, with eager attention in both models: those that ``output_attentions``
 hands out, or in diffusers what its attention scores say. Heads are paired as in the paper (``progressive``), and α is
-exact where nothing else is said. Time: all versions take turns; median over rounds of the ratio. Memory: each version
+exact where nothing else is said. One thread. Time: all versions take turns; median over rounds of the ratio. Memory: each version
 in a fresh process, peak of its third step above what it holds before (weights, gradients, optimiser; freed memory is
 given back first).
 """
@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.environment import RESULTS, ROOT, describe_run, print_table, write_result
+from benchmarks.environment import RESULTS, ROOT, describe_run, print_table, use_threads, write_result
 from benchmarks.interleaved import interleaved
 from benchmarks.process_memory import peak_above
 
@@ -242,6 +242,7 @@ def main() -> None:
     parser.add_argument("--page", action="store_true", help="measure nothing; write the documentation's tables")
     parser.add_argument("--memory-of", help="internal: measure this version's memory and print JSON")
     chosen = parser.parse_args()
+    use_threads(1)
     if chosen.page:
         from benchmarks.speed_page import write_steps
 
