@@ -14,9 +14,9 @@ A step: teacher's forward, student's forward and backward, AdamW. Random weights
 ``logit KD`` (DiT: prediction matching) is 1; all others but "no teacher" add something to it. ``materialised, mean`` is
 the loss with constant weights on maps in memory, with eager attention in both models: those that ``output_attentions``
 hands out, or in diffusers what its attention scores say. Heads are paired as in the paper (``progressive``), and α is
-exact where nothing else is said. One thread. Time: all versions take turns; median over rounds of the ratio. Memory: each version
-in a fresh process, peak of its third step above what it holds before (weights, gradients, optimiser; freed memory is
-given back first).
+exact where nothing else is said. One thread. Time: all versions take turns; median over rounds of the ratio. Memory:
+each version in a fresh process, peak of its third step above what it holds before (weights, gradients, optimiser; freed
+memory is given back first).
 """
 
 from __future__ import annotations
