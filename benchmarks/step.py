@@ -238,7 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--setting", choices=SETTINGS, action="append", help="default: all")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--no-memory", action="store_true", help="time alone")
+    parser.add_argument("--no-memory", action="store_true", help="time alone; stored memory stays")
     parser.add_argument("--page", action="store_true", help="measure nothing; write the documentation's tables")
     parser.add_argument("--memory-of", help="internal: measure this version's memory and print JSON")
     chosen = parser.parse_args()
@@ -253,7 +253,9 @@ def main() -> None:
         return
     names = chosen.setting or list(SETTINGS)
     stored = json.loads(FILE.read_text()) if FILE.is_file() else {"times": [], "memory": []}
-    result = {part: [e for e in stored[part] if e["setting"] not in names] for part in ("times", "memory")}
+    anew = ("times",) if chosen.no_memory else ("times", "memory")
+    parts = ("times", "memory")
+    result = {part: [e for e in stored[part] if part not in anew or e["setting"] not in names] for part in parts}
     result["made_by"] = stored.get("made_by", {})
     for name in names:
         result["made_by"][name] = describe_run()
