@@ -94,19 +94,22 @@ def main() -> None:
         return
     check()
     found: list[dict[str, Any]] = []
+    memory: list[dict[str, Any]] = []
     if chosen.go_on and output.is_file():
         stored = json.loads(output.read_text())
         if stored["run"]["commit"] != describe_run()["commit"]:
             raise SystemExit(
                 f"{output} is of commit {stored['run']['commit']}: leave out --go-on, times would not compare."
             )
-        found = stored["times"]
+        found, memory = stored["times"], stored["memory"]
+    if not memory:
+        versions, tokens = (WITH_MEMORY[:3], SMALL_MEMORY_TOKENS) if chosen.small else (WITH_MEMORY, MEMORY_TOKENS)
+        memory = memories(versions, tokens)
+        write(output, found, memory)
     for case in cases(chosen.small):
         if not any(asdict(case).items() <= entry.items() for entry in found):
             found += time_of(case, SMALL_ROUNDS if chosen.small else None)
-            write(output, found, [])
-    versions, tokens = (WITH_MEMORY[:3], SMALL_MEMORY_TOKENS) if chosen.small else (WITH_MEMORY, MEMORY_TOKENS)
-    write(output, found, memories(versions, tokens))
+            write(output, found, memory)
 
 
 def write(output: Path, times: list[dict[str, Any]], memory: list[dict[str, Any]]) -> None:
@@ -172,7 +175,7 @@ def time_of(case: Case, rounds: int | None = None) -> list[dict[str, Any]]:
 
 
 def memories(versions: Sequence[str], tokens: Sequence[int]) -> list[dict[str, Any]]:
-    """Peak memory of 16 → 8 heads, each measurement in a process of its own; printed at the end."""
+    """Peak memory of 16 → 8 heads, each measurement in a process of its own; printed when all are there."""
     found, rows = [], []
     for name in versions:
         for count in tokens:
