@@ -15,6 +15,9 @@ class Timing:
     ratio: float
     """Median over rounds of its time over that of the yardstick in the same round."""
     quartiles: tuple[float, float]
+    fastest: float
+    """Its fastest round over the yardstick's fastest: where others slow the machine down, what is nearest to the work
+    itself."""
     milliseconds: float
     """Median. Means little on another machine, or on this one tomorrow."""
 
@@ -44,6 +47,9 @@ def interleaved(
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         median = statistics.median(seconds[name])
         found[name] = Timing(
-            round(statistics.median(ratios), 3), (round(low, 3), round(high, 3)), round(1000 * median, 3)
+            round(statistics.median(ratios), 3),
+            (round(low, 3), round(high, 3)),
+            round(min(seconds[name]) / min(seconds[yardstick]), 3),
+            round(1000 * median, 3),
         )
     return found
