@@ -78,4 +78,5 @@ def test_times_are_ratios_of_the_same_round(monkeypatch):
 
     found = interleaved({"one": work("one", 1.0), "two": work("two", 2.0)}, "one", 4)
     assert found["two"].ratio == 2.0 and found["two"].quartiles == (2.0, 2.0) and found["one"].ratio == 1.0
+    assert found["two"].fastest == 2.0
     assert order[:2] == ["one", "two"] and order[2:6] == ["one", "two", "two", "one"], "they take turns"
