@@ -258,7 +258,7 @@ def main() -> None:
     result = {part: [e for e in stored[part] if part not in anew or e["setting"] not in names] for part in parts}
     result["made_by"] = stored.get("made_by", {})
     for name in names:
-        result["made_by"][name] = describe_run()
+        result["made_by"][f"{name}, time" if chosen.no_memory else name] = describe_run()
         measured = times_of(name, chosen.rounds)
         result["times"] += measured
         if not chosen.no_memory:
