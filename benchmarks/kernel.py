@@ -3,7 +3,8 @@
     python -m benchmarks.kernel                      # all shapes (an hour or more); writes results/speed/kernel.json
     python -m benchmarks.kernel --go-on              # the same, after it was stopped
     python -m benchmarks.kernel --small              # three of them (minutes); writes results/speed/kernel-small.json
-    python -m benchmarks.kernel --page [--small]     # tables and plot of docs/speed.md from either file
+    python -m benchmarks.kernel --page [--small]     # tables and plot of docs/speed.md: the small set's, and
+                                                     # unless --small what else all shapes have
 
 One thread, unless ``--threads`` says another number; the file is then named after it.
 
@@ -88,9 +89,11 @@ def main() -> None:
     if chosen.page:
         from benchmarks.speed_page import write_kernel
 
-        if not output.is_file():
+        # The small set, with more rounds, comes first.
+        files = [file for file in (SMALL_FILE, output) if file.is_file()]
+        if output not in files:
             raise SystemExit(f"{output} is not there: measure first, without --page.")
-        write_kernel(PAGE, output)
+        write_kernel(PAGE, files)
         return
     check()
     found: list[dict[str, Any]] = []

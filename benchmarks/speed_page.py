@@ -13,9 +13,18 @@ from benchmarks.study_page import between, markdown
 DRAWN = ("attention", "ours, mean", "ours, least_squares", "ours, least_squares, 128 rows", "materialised, mean")
 
 
-def write_kernel(page: Path, file: Path) -> None:
-    """Tables of time and memory, and time and memory against tokens."""
-    found = json.loads(file.read_text())
+def write_kernel(page: Path, files: Sequence[Path]) -> None:
+    """Tables of time and memory, and time and memory against tokens.
+
+    Args:
+        files: what one has is not taken from a later one.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"times": [], "memory": []}
+    for stored in [json.loads(file.read_text()) for file in files]:
+        for part, entries in found.items():
+            there = {(_case(entry), entry["version"]) for entry in entries}
+            entries += [entry for entry in stored[part] if (_case(entry), entry["version"]) not in there]
+            entries.sort(key=lambda entry: entry["tokens"])
     text = page.read_text(encoding="utf-8")
     for mask in ("causal", "full"):
         entries = [e for e in found["times"] if e["causal"] == (mask == "causal")]
