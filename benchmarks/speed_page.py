@@ -91,6 +91,9 @@ def _draw(times: Sequence[dict[str, Any]], memory: Sequence[dict[str, Any]], ima
                 axes.plot(*zip(*sorted(points), strict=True), "o-", color=f"C{index}", label=version)
     for axes, label in ((left, "milliseconds a sequence"), (right, "peak MiB above the inputs")):
         axes.set(xscale="log", yscale="log", xlabel="tokens", ylabel=label)
+        tokens = sorted({int(x) for line in axes.lines for x in line.get_xdata()})
+        axes.set_xticks(tokens, [f"{count:,}" for count in tokens])
+        axes.set_xticks([], minor=True)
         axes.grid(alpha=0.3)
     left.legend(fontsize=8)
     figure.suptitle("16 → 8 heads of width 64, causal, float32")
