@@ -167,7 +167,7 @@ def test_what_is_kept_is_not_more_than_one_groups_maps(monkeypatch):
         return found
 
     monkeypatch.setattr(tiled.Workspace, "take", noting)
-    monkeypatch.setattr("squeezeheads.tiling.TILE_BYTES", 256 * 2**10)  # 41, 47 and 55 rows a tile
+    monkeypatch.setattr("squeezeheads.tiling.TILE_BYTES", 192 * 2**10)  # 29, 33 and 40 rows a tile
     student = make_record(0, heads=3, queries=197, width=8)
     teacher = make_record(1, heads=9, queries=197, width=8)
     together(student, teacher, ((0, 1, 2, 3), (4, 5, 6), (7, 8)))
