@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord, compute_dtype, expand_to_four, head_index
+from squeezeheads.tiling import cut
 
 
 class ScoreGradients:
@@ -27,9 +28,12 @@ class ScoreGradients:
         self, record: AttentionRecord, *, query: bool, key: bool, mask: bool, temperature: float = 1.0
     ) -> None:
         self._record, self._temperature = record, temperature
-        self.query = _zeros(record.query, record) if query else None
-        self.key = _zeros(record.key, record) if key else None
-        self.mask = _zeros(record.attention_mask, record) if mask and record.attention_mask is not None else None
+        self.query = _like(record.query, record, torch.empty) if query else None
+        self.key = _like(record.key, record, torch.zeros) if key else None
+        self.mask = _like(record.attention_mask, record, torch.zeros) if mask and record.attention_mask is not None else None
+        # Of each head, (B, Q, D) and (B, K, D).
+        self._of_query = () if self.query is None else self.query.unbind(1)
+        self._of_key = () if self.key is None else self.key.unbind(1)
 
     def add(
         self,
@@ -44,28 +48,28 @@ class ScoreGradients:
         """Add a tile.
 
         Args:
-            score_grad: (b·h, r, K) by the scores, which are ``query @ keyᵀ + mask / temperature``.
-            query: (b·h, r, D), as ``AttentionRecord.query_tile`` gives it.
-            key: (b·h, K, D).
+            score_grad: (b·h, r, K), or (r, K) where that is one matrix, by the scores, which are
+                ``query @ keyᵀ + mask / temperature``.
+            query: (b·h, r, D) or (r, D), as ``AttentionRecord.query_tile`` gives it.
+            key: (b·h, K, D) or (K, D).
             heads, samples, rows, keys: where the tile lies.
         """
         if self.query is not None:
-            if len(score_grad) == 1:  # as in ``product``
-                torch.mm(score_grad[0], key[0], out=self.query[samples.start, heads[0], rows])
+            if score_grad.dim() == 2:
+                torch.mm(score_grad, key, out=cut(self._of_query[heads[0]], samples, rows))
             else:
                 made = torch.bmm(score_grad, key).unflatten(0, (-1, len(heads)))
                 self.query[samples, head_index(heads), rows] = made
         if self.key is not None:
             for index, head in enumerate(heads):
-                of_head = slice(index, None, len(heads))
-                target = self.key[samples, self._record.key_value_head(head), keys]
-                by_score, asked = score_grad[of_head].transpose(1, 2), query[of_head]
-                if len(target) == 1:  # as in ``product``
-                    target[0].addmm_(by_score[0], asked[0])
+                target = cut(self._of_key[self._record.key_value_head(head)], samples, keys)
+                by_score, asked = _of_head(score_grad, index, len(heads)), _of_head(query, index, len(heads))
+                if target.dim() == 2:
+                    target.addmm_(by_score.mT, asked)
                 else:
-                    target.baddbmm_(by_score, asked)
+                    target.baddbmm_(by_score.mT, asked)
         if self.mask is not None:
-            by_mask = (score_grad / self._temperature).unflatten(0, (-1, len(heads)))
+            by_mask = (score_grad / self._temperature).view(-1, len(heads), *score_grad.shape[-2:])
             _add_broadcast(self.mask, by_mask, heads, samples, rows, keys)
 
     def close(self) -> None:
@@ -81,6 +85,13 @@ class ScoreGradients:
         """The dtypes in which autograd expects them, by query, key and mask; ``None`` where not wanted."""
         kept = (self.query, self.key, self.mask)
         return [t.dtype if g is not None and t is not None else None for t, g in zip(inputs, kept, strict=True)]
+
+
+def _of_head(tensor: Tensor, index: int, heads: int) -> Tensor:
+    """Of a tile (b·heads, r, m) the part (b, r, m) of one head, or (r, m) where there is one sample."""
+    if heads == 1:
+        return tensor
+    return tensor[index] if len(tensor) == heads else tensor[index::heads]
 
 
 def multiplied(
@@ -110,8 +121,8 @@ class _OnceOnly(torch.autograd.Function):
         raise RuntimeError(ctx.refusal)
 
 
-def _zeros(like: Tensor, record: AttentionRecord) -> Tensor:
-    return torch.zeros(like.shape, dtype=compute_dtype(record.query), device=record.query.device)
+def _like(tensor: Tensor, record: AttentionRecord, make: Callable[..., Tensor]) -> Tensor:
+    return make(tensor.shape, dtype=compute_dtype(record.query), device=record.query.device)
 
 
 def _add_broadcast(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from squeezeheads.attention import NEGATIVE, AttentionRecord
-from squeezeheads.tiling import Workspace, product
+from squeezeheads.tiling import Workspace, cut, merge, product, softmax_
 
 
 class TiledMaps:
@@ -33,9 +33,9 @@ class TiledMaps:
     ) -> None:
         everything = slice(None)
         self._record, self._heads, self._workspace, self._temperature = record, heads, workspace, temperature
-        # (B·heads, Q, D) and (B·heads, K, D): a tile of them is a view, where torch would copy one of four dimensions.
-        self._query = record.query_tile(everything, heads, everything, temperature).flatten(0, 1)
-        self._key = record.key_tile(everything, heads, everything).flatten(0, 1)
+        # A tile of them is a view, where torch's product would copy one of four dimensions.
+        self._query = merge(record.query_tile(everything, heads, everything, temperature))
+        self._key = merge(record.key_tile(everything, heads, everything))
         self._kept: dict[tuple[int, int], Tensor] | None = {} if keep else None
 
     @property
@@ -54,13 +54,19 @@ class TiledMaps:
             self._kept[place] = self._make(samples, rows, f"maps {len(self._kept)}")
         return self._kept[place]
 
+    def each_head(self, samples: slice, rows: slice) -> tuple[Tensor, ...]:
+        """``tile``, head by head: (b, r, K), or (r, K) where there is one sample."""
+        maps = self.tile(samples, rows)
+        return maps[0].unbind(0) if len(maps) == 1 else maps.unbind(1)
+
     def _make(self, samples: slice, rows: slice, name: str) -> Tensor:
         record, keys, heads = self._record, self._record.visible_keys(rows), len(self._heads)
         these = slice(samples.start * heads, samples.stop * heads)
-        query, key = self._query[these, rows], self._key[these, keys]
-        together = (*query.shape[:2], key.shape[1])
-        scores = product(query, key.transpose(1, 2), self._workspace.take(name, together, query.dtype))
-        scores = scores.view(-1, heads, *together[1:])
+        query, key = cut(self._query, these, rows), cut(self._key, these, keys)
+        number, shape = samples.stop - samples.start, (rows.stop - rows.start, keys.stop)
+        scores = self._workspace.take(name, (*query.shape[:-1], keys.stop), query.dtype)
+        product(query, key.mT, scores)
+        scores = scores.view(number, heads, *shape)
         allowed, bias = record.mask_tile(samples, self._heads, rows, keys, causality=False)
         if bias is not None:
             scores += bias / self._temperature
@@ -68,8 +74,7 @@ class TiledMaps:
             scores.masked_fill_(~allowed, NEGATIVE)
         if record.is_causal:
             self._workspace.forbid_future(scores, rows, NEGATIVE)
-        # In place where that is known to work.
-        maps = torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)
+        maps = softmax_(scores)
         if allowed is not None and allowed.shape[1] > 1:
             maps *= allowed  # a head may be allowed nothing in a row where others are
             if record.is_causal:

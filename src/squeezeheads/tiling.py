@@ -57,16 +57,46 @@ def slices(length: int, step: int) -> Iterator[slice]:
         yield slice(start, min(start + step, length))
 
 
-def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
-    """``left @ right`` of (n, r, m) and (n, m, k) into ``out`` (n, r, k), which it returns. No gradient.
+def merge(tensor: Tensor) -> Tensor:
+    """(b, h, r, m) as matrices to multiply: (b·h, r, m), or (r, m) where there is one."""
+    return tensor[0, 0] if tensor.shape[0] * tensor.shape[1] == 1 else tensor.flatten(0, 1)
 
-    A batch of one matrix is given to the product of matrices: torch's batched one is up to a quarter slower there (on a
-    CPU, 128 rows of 2,048 keys).
+
+def cut(tensor: Tensor, which: slice, rows: slice) -> Tensor:
+    """Some rows of some matrices, a view: (n, r, m), or (r, m) where there is one.
+
+    On a small tile an index of two slices takes as long as the arithmetic. This takes half of that, and nothing where
+    all is taken.
+
+    Args:
+        tensor: (N, R, m), or (R, m).
+        which: matrices, if there are many.
     """
-    if len(out) == 1:
-        torch.mm(left[0], right[0], out=out[0])
-        return out
-    return torch.bmm(left, right, out=out)
+    dim = 0
+    if tensor.dim() == 3:
+        number = which.stop - which.start
+        if number == 1:
+            tensor = tensor.select(0, which.start)
+        else:
+            dim = 1
+            if number != tensor.shape[0]:
+                tensor = tensor.narrow(0, which.start, number)
+    length = rows.stop - rows.start
+    return tensor if length == tensor.shape[dim] else tensor.narrow(dim, rows.start, length)
+
+
+def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
+    """``left @ right`` into ``out``, which it returns: (n, r, m) and (n, m, k), or two matrices. No gradient.
+
+    One matrix is no batch of one: torch's batched product is up to a quarter slower there (on a CPU, 128 rows of 2,048
+    keys).
+    """
+    return torch.mm(left, right, out=out) if left.dim() == 2 else torch.bmm(left, right, out=out)
+
+
+def softmax_(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension, in place where that is known to work. Only what is returned is of use."""
+    return torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)
 
 
 class Workspace:
@@ -101,16 +131,24 @@ class Workspace:
             scores: (..., r, K): a tile of these rows, on the keys from the first to at most the last row's own.
             lowest: no score is less.
         """
-        corner = scores[..., rows.start :]  # earlier keys are past for all rows
-        if corner.shape[-1] > 0:
+        corner = self._from(rows.start, scores)
+        if corner is not None:
             # Several times faster than torch's masked_fill_.
             torch.minimum(corner, self._corner(corner, torch.inf, lowest), out=corner)
 
     def drop_future(self, maps: Tensor, rows: slice) -> None:
         """Write 0 where keys lie after their row; see ``forbid_future``. Entries are finite."""
-        corner = maps[..., rows.start :]
-        if corner.shape[-1] > 0:
+        corner = self._from(rows.start, maps)
+        if corner is not None:
             corner *= self._corner(corner, 1.0, 0.0)
+
+    @staticmethod
+    def _from(row: int, tile: Tensor) -> Tensor | None:
+        """The keys of a tile from its first row's own on, if there are any: those before are past for all its rows."""
+        number = tile.shape[-1] - row
+        if number <= 0:
+            return None
+        return tile.narrow(-1, row, number) if row else tile
 
     def _corner(self, like: Tensor, past: float, future: float) -> Tensor:
         """(r, n) for a corner (..., r, n): one number where a key is its row's own or before it, one where it is after

@@ -21,7 +21,7 @@ from torch import Tensor
 from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, head_index
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
 from squeezeheads.tiled_maps import TiledMaps
-from squeezeheads.tiling import Workspace, product, tiles
+from squeezeheads.tiling import Workspace, cut, merge, product, softmax_, tiles
 
 KEPT_BYTES = 32 * 2**20
 """Of one group's maps that stay between finding its weights and the loss: reading them back from there is cheaper than
@@ -150,9 +150,6 @@ def _gradients(problem: _Problem, wanted: Sequence[bool]) -> ScoreGradients:
     )
 
 
-_ALL = slice(None)
-
-
 class _Sweep:
     """One pass over all tiles."""
 
@@ -194,6 +191,7 @@ class _Sweep:
                 block = _Block(self, heads, serving, taught)
                 for samples, rows in parts:
                     block.tile(samples, rows)
+                block.close()
             if self.gradients is not None:
                 self.gradients.close()
 
@@ -211,13 +209,12 @@ class _Sweep:
         weights = self.weights()
         return self.divergence if weights is None else self.divergence * (weights > 0)
 
-    def weights(self, samples: slice = _ALL, heads: slice | list[int] = _ALL, rows: slice = _ALL) -> Tensor | None:
-        """(b, s, r) of rows that were seen; ``None`` where each is 1."""
-        valid = None if self.valid is None else self.valid[samples, heads, rows]
+    def weights(self) -> Tensor | None:
+        """(B, S, Q) of rows; ``None`` where each is 1."""
         if self.problem.rows is None:
-            return valid
-        given = self.problem.rows[samples, rows][:, None].to(self.dtype)
-        return given.expand_as(self.divergence[samples, heads, rows]) if valid is None else valid * given
+            return self.valid
+        given = self.problem.rows[:, None].to(self.dtype)
+        return given.expand_as(self.divergence) if self.valid is None else self.valid * given
 
     def _maps_of(self, serving: list[int], parts: Tiles) -> TiledMaps:
         problem = self.problem
@@ -233,12 +230,16 @@ class _Sweep:
 
 
 class _Block:
-    """Some student heads and the teacher heads that serve them, in a pass.
+    """Some student heads and the teacher heads that serve them, in a pass. All samples and heads lie in one dimension
+    ``N = B·s``; a tile has no such dimension where it is of one sample and one head (``squeezeheads.tiling.cut``).
 
     Attributes:
         mix: (B, s, t).
-        query: (B·s, Q, D), times ``scale / temperature``; ``key``: (B·s, K, D).
+        query: (N, Q, D), times ``scale / temperature``; ``key``: (N, K, D).
         taught: the maps of the teacher heads.
+        divergence: (N, Q, 1); ``valid``: the same, ``None`` where all rows are.
+        weights: (N, Q, 1) that the user gives the rows; ``None`` where he gives none.
+        factors: (N, Q, 1) of the rows' gradients; ``None`` where they are the weights.
     """
 
     def __init__(self, sweep: _Sweep, heads: list[int], serving: list[int], taught: TiledMaps) -> None:
@@ -246,73 +247,102 @@ class _Block:
         self.sweep, self.problem, self.heads, self.serving = sweep, problem, heads, serving
         self.index = head_index(heads)
         self.mix = sweep.mix[:, self.index][:, :, head_index(serving)]
-        self.query = problem.student.query_tile(everything, heads, everything, problem.temperature).flatten(0, 1)
-        self.key = problem.student.key_tile(everything, heads, everything).flatten(0, 1)
+        self.query = merge(problem.student.query_tile(everything, heads, everything, problem.temperature))
+        self.key = merge(problem.student.key_tile(everything, heads, everything))
         self.taught = taught
+        shape = (*sweep.divergence[:, self.index].shape, 1)
+        self.divergence = merge(sweep.divergence.new_empty(shape))
+        self.valid = None if sweep.valid is None else torch.empty_like(self.divergence)
+        given, factors = problem.rows, sweep.factors
+        self.weights = None if given is None else merge(given.to(sweep.dtype)[:, None, :, None].expand(shape))
+        self.factors = None if factors is None else merge(factors[:, self.index, :, None])
 
     def tile(self, samples: slice, rows: slice) -> None:
         sweep, problem, student, teacher = self.sweep, self.problem, self.problem.student, self.problem.teacher
         dtype, workspace = sweep.dtype, sweep.workspace
-        last = min(student.visible_keys(rows).stop, teacher.visible_keys(rows).stop)
-        keys = slice(0, last)
-        squeezed = self._squeezed(samples, rows)
-        if squeezed.shape[-1] > last:
-            squeezed = squeezed[..., :last]
+        keys = slice(0, min(student.visible_keys(rows).stop, teacher.visible_keys(rows).stop))
+        squeezed, spare = self._squeezed(samples, rows)
+        if squeezed.shape[-1] > keys.stop:
+            squeezed, spare = squeezed[..., : keys.stop], None
 
-        these = slice(samples.start * len(self.heads), samples.stop * len(self.heads))
-        query, key = self.query[these, rows], self.key[these, keys]
-        together, shape = (*query.shape[:2], last), squeezed.shape
-        scores = product(query, key.transpose(1, 2), workspace.take("scores", together, dtype)).view(shape)
+        heads = len(self.heads)
+        these = slice(samples.start * heads, samples.stop * heads)
+        query, key = cut(self.query, these, rows), cut(self.key, these, keys)
+        shape = (*query.shape[:-1], keys.stop)
+        scores = product(query, key.mT, workspace.take("scores", shape, dtype))
+        by_head = (samples.stop - samples.start, heads, *shape[-2:])
         allowed, bias = student.mask_tile(samples, self.heads, rows, keys, causality=False)
         if bias is not None:
-            scores += bias / problem.temperature
+            scores.view(by_head).add_(bias / problem.temperature)
         common = self._common_mask(allowed, samples, rows, keys)
         if common is not None:
-            scores.masked_fill_(~common, NEGATIVE)
+            scores.view(by_head).masked_fill_(~common, NEGATIVE)
         if sweep.causal:
             workspace.forbid_future(scores, rows, NEGATIVE)
-        if sweep.valid is not None:
+        if self.valid is not None:
             if common is not None:
-                squeezed *= common
+                squeezed.view(by_head).mul_(common)
             if sweep.causal:
                 workspace.drop_future(squeezed, rows)
             mass = squeezed.sum(-1, keepdim=True)
-            sweep.valid[samples, self.index, rows] = (mass.squeeze(-1) > 0).to(dtype)
+            cut(self.valid, these, rows).copy_(mass > 0)
             squeezed /= mass.where(mass > 0, 1.0)
 
+        # Term by term Σ P (log P − log Q): the difference of two sums would cancel.
+        log_ratio = workspace.take("log ratio", shape, dtype) if spare is None else spare
+        torch.clamp_min(squeezed, torch.finfo(dtype).tiny, out=log_ratio).log_().sub_(scores)
         # One softmax serves the map and the log-normaliser: the largest entry of a row is exp(0) / normaliser. (torch's
         # exp and log are many times slower than its softmax where numbers are subnormal.)
         top = scores.amax(-1, keepdim=True)
-        student_map = torch.softmax(scores, -1, out=workspace.take("student map", shape, dtype))
-        log_normaliser = top.sub_(student_map.amax(-1, keepdim=True).log_())
-        # Term by term Σ P (log P − log Q): the difference of two sums would cancel.
-        log_ratio = torch.clamp_min(squeezed, torch.finfo(dtype).tiny, out=workspace.take("log ratio", shape, dtype))
-        log_ratio.log_().sub_(scores).add_(log_normaliser)
-        sweep.divergence[samples, self.index, rows] = log_ratio.mul_(squeezed).sum(-1)
+        student_map = softmax_(scores)
+        log_ratio.add_(top.sub_(student_map.amax(-1, keepdim=True).log_()))
+        torch.sum(log_ratio.mul_(squeezed), -1, keepdim=True, out=cut(self.divergence, these, rows))
 
         if sweep.gradients is not None:
             score_grad = student_map.sub_(squeezed)
-            factors = weights = sweep.weights(samples, self.index, rows)
-            if sweep.factors is not None:
-                factors = sweep.factors[samples, self.index, rows]
-                factors = factors if weights is None else factors * (weights > 0)
+            factors = self._factors(these, rows)
             if factors is not None:
-                score_grad *= factors[..., None]
-            sweep.gradients.add(score_grad.flatten(0, 1), query, key, self.heads, samples, rows, keys)
+                score_grad *= factors
+            sweep.gradients.add(score_grad, query, key, self.heads, samples, rows, keys)
 
-    def _squeezed(self, samples: slice, rows: slice) -> Tensor:
-        """(b, s, r, K): the teacher's maps, mixed, on the keys that its rows can reach; a row without any is for the
-        common support to take out."""
-        mix, maps = self.mix[samples], self.taught.tile(samples, rows).to(self.sweep.dtype)
+    def close(self) -> None:
+        """After the last tile."""
+        shape = (len(self.mix), len(self.heads), -1)
+        self.sweep.divergence[:, self.index] = self.divergence.view(shape)
+        if self.sweep.valid is not None and self.valid is not None:
+            self.sweep.valid[:, self.index] = self.valid.view(shape)
+
+    def _factors(self, these: slice, rows: slice) -> Tensor | None:
+        """(n, r, 1) of the gradients by the scores; ``None`` where each is 1."""
+        parts = [cut(part, these, rows) for part in (self.valid, self.weights) if part is not None]
+        weights = None if not parts else parts[0] if len(parts) == 1 else parts[0] * parts[1]
+        if self.factors is None:
+            return weights
+        factors = cut(self.factors, these, rows)
+        return factors if weights is None else factors * (weights > 0)
+
+    def _squeezed(self, samples: slice, rows: slice) -> tuple[Tensor, Tensor | None]:
+        """(n, r, K): the teacher's maps, mixed, on the keys that its rows can reach; a row without any is for the
+        common support to take out. And memory of the same shape that is free now, if there is any: the fewer places a
+        tile uses, the more of it stays in the cache."""
+        mix, dtype = self.mix, self.sweep.dtype
+        if samples.stop - samples.start != len(mix):
+            mix = mix[samples]
         if mix.shape[1] == 1:
             # In place and head by head: cheaper than a product with one row.
-            mixed = maps[:, :1].mul_(mix[:, :, :1, None])
-            for t in range(1, maps.shape[1]):
-                mixed.addcmul_(maps[:, t : t + 1], mix[:, :, t : t + 1, None])
-            return mixed
-        shape = (maps.shape[0], mix.shape[1], *maps.shape[2:])
-        mixed = self.sweep.workspace.take("squeezed", shape, self.sweep.dtype)
-        return torch.bmm(mix, maps.flatten(2), out=mixed.flatten(2)).view(shape)
+            shares = mix[0, 0].unbind(0) if len(mix) == 1 else mix[:, 0, :, None, None].unbind(1)
+            mixed, *others = (maps.to(dtype) for maps in self.taught.each_head(samples, rows))
+            if len(others) == 1:  # shares sum to 1
+                return mixed.lerp_(others[0], shares[1]), others[0]
+            mixed.mul_(shares[0])
+            for maps, share in zip(others, shares[1:], strict=True):
+                mixed.addcmul_(maps, share)
+            return mixed, others[0] if others else None
+        maps = self.taught.tile(samples, rows).to(dtype)
+        number, heads = len(maps), mix.shape[1]
+        mixed = self.sweep.workspace.take("squeezed", (number, heads, *maps.shape[2:]), dtype)
+        torch.bmm(mix, maps.flatten(2), out=mixed.view(number, heads, -1))
+        return mixed.view(number * heads, *maps.shape[2:]), None
 
     def _common_mask(self, for_student: Tensor | None, samples: slice, rows: slice, keys: slice) -> Tensor | None:
         """Keys that the masks of the student and of a serving teacher head allow; ``None`` where that is all of

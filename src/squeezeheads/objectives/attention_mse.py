@@ -13,7 +13,7 @@ from squeezeheads.attention import NEGATIVE, AttentionRecord, check_rows, comput
 from squeezeheads.objectives.base import Evidence
 from squeezeheads.objectives.layer_plan import PairedObjective, check_learnable
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
-from squeezeheads.tiling import tiles
+from squeezeheads.tiling import merge, tiles
 
 
 @dataclass
@@ -192,9 +192,9 @@ def _sweep(problem: _Problem, gradients: ScoreGradients) -> tuple[Tensor, Tensor
             count += weight.sum(dtype=torch.float64)
             score_grad *= weight[..., None]
             if gradients.present():
-                query = student.query_tile(samples, heads, rows).flatten(0, 1)
-                key = student.key_tile(samples, heads, keys).flatten(0, 1)
-                gradients.add(score_grad.flatten(0, 1), query, key, heads, samples, rows, keys)
+                query = merge(student.query_tile(samples, heads, rows))
+                key = merge(student.key_tile(samples, heads, keys))
+                gradients.add(merge(score_grad), query, key, heads, samples, rows, keys)
     gradients.close()
     return total, count
 
