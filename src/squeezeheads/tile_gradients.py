@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,9 +28,11 @@ class ScoreGradients:
         self, record: AttentionRecord, *, query: bool, key: bool, mask: bool, temperature: float = 1.0
     ) -> None:
         self._record, self._temperature = record, temperature
-        self.query = _like(record.query, record, torch.empty) if query else None
-        self.key = _like(record.key, record, torch.zeros) if key else None
-        self.mask = _like(record.attention_mask, record, torch.zeros) if mask and record.attention_mask is not None else None
+        learned = record.attention_mask if mask else None
+        where: Any = {"dtype": compute_dtype(record.query), "device": record.query.device}
+        self.query = torch.empty(record.query.shape, **where) if query else None  # each row is written once
+        self.key = torch.zeros(record.key.shape, **where) if key else None
+        self.mask = torch.zeros(learned.shape, **where) if learned is not None else None
         # Of each head, (B, Q, D) and (B, K, D).
         self._of_query = () if self.query is None else self.query.unbind(1)
         self._of_key = () if self.key is None else self.key.unbind(1)
@@ -119,10 +121,6 @@ class _OnceOnly(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *_: Tensor) -> tuple[Tensor, ...]:
         raise RuntimeError(ctx.refusal)
-
-
-def _like(tensor: Tensor, record: AttentionRecord, make: Callable[..., Tensor]) -> Tensor:
-    return make(tensor.shape, dtype=compute_dtype(record.query), device=record.query.device)
 
 
 def _add_broadcast(
