@@ -289,6 +289,43 @@ def test_models_in_different_formats(implementation, student, teacher):
 
 
 @both
+def test_a_double_precision_student_of_a_single_precision_teacher(implementation):
+    parts = [make_case(38, dtype=dtype, student_heads=1, teacher_heads=2) for dtype in (torch.float64, torch.float32)]
+    case = changed(parts[0], teacher=parts[1].teacher)
+    loss, grads = run(case, implementation)
+    expected, expected_grads = run_oracle(case)
+    assert loss.dtype == torch.float64
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)  # the teacher's maps are float32's
+    for name, grad in grads.items():
+        assert (grad - expected_grads[name]).abs().max() <= 1e-5 * expected_grads[name].abs().max(), name
+
+
+@both
+@pytest.mark.parametrize("share", (1e-9, 1e-3, 0.05, 0.07, 0.5))
+@pytest.mark.parametrize("last", (False, True), ids=("first", "last"))
+def test_two_heads_of_unequal_share(implementation, share, last):
+    """However small a share: where the other head sees nothing, it alone is the teacher."""
+    shares = torch.tensor([1 - share, share] if last else [share, 1 - share])
+    case = make_case(39, batch=1, queries=6, keys=6, student_heads=1, teacher_heads=2)
+    mask = torch.ones(1, 2, 6, 6, dtype=torch.bool)
+    mask[:, 0 if last else 1, ::2] = False
+    case = changed(case, mix=shares[None, None], teacher=changed(case.teacher, attention_mask=mask))
+    check(case, implementation)
+
+
+@both
+@pytest.mark.parametrize("teachers", (2, 3))
+def test_shares_in_half_precision(implementation, teachers):
+    """They are taken relative to their sum as they are, not as half precision rounds the quotient."""
+    mix = torch.tensor([0.1, 0.9, 0.3])[:teachers].bfloat16()
+    case = changed(make_case(40, student_heads=1, teacher_heads=teachers), mix=mix.expand(2, 1, -1))
+    lifted = mix.double() / mix.double().sum()
+    loss, _ = run(case, implementation)
+    expected, _ = run_oracle(changed(case, mix=lifted.expand(2, 1, -1)))
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+@both
 @pytest.mark.parametrize("mix", MIXES)
 @pytest.mark.parametrize("students, teachers", ((2, 6), (6, 2), (3, 3), (1, 12), (12, 1)))
 def test_every_mixture(implementation, mix, students, teachers):

@@ -47,7 +47,7 @@ class ScoreGradients:
         rows: slice,
         keys: slice,
     ) -> None:
-        """Add a tile.
+        """Add a tile. Each row of each head comes once.
 
         Args:
             score_grad: (b·h, r, K), or (r, K) where that is one matrix, by the scores, which are
@@ -71,7 +71,9 @@ class ScoreGradients:
                 else:
                     target.baddbmm_(by_score.mT, asked)
         if self.mask is not None:
-            by_mask = (score_grad / self._temperature).view(-1, len(heads), *score_grad.shape[-2:])
+            by_mask = (score_grad / self._temperature).view(
+                samples.stop - samples.start, len(heads), *score_grad.shape[-2:]
+            )
             _add_broadcast(self.mask, by_mask, heads, samples, rows, keys)
 
     def close(self) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from squeezeheads.attention import NEGATIVE, AttentionRecord
-from squeezeheads.tiling import Workspace, cut, merge, product, softmax_
+from squeezeheads.tiling import Workspace, cut, merge, product, softmax_reusing
 
 
 class TiledMaps:
@@ -18,8 +18,8 @@ class TiledMaps:
         heads: which of its heads, in this order.
         workspace: where the tiles lie.
         temperature: the scores are divided by it before the softmax.
-        keep: each tile stays, in memory of its own, and is not made again when it is asked for again. The next maps
-            that are kept in the same workspace take its place.
+        keep: each tile stays, in memory of its own, and is not made again when it is asked for again: what its user
+            wrote into it stays too. The next maps that are kept in the same workspace take its place.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class TiledMaps:
             scores.masked_fill_(~allowed, NEGATIVE)
         if record.is_causal:
             self._workspace.forbid_future(scores, rows, NEGATIVE)
-        maps = softmax_(scores)
+        maps = softmax_reusing(scores)
         if allowed is not None and allowed.shape[1] > 1:
             maps *= allowed  # a head may be allowed nothing in a row where others are
             if record.is_causal:

@@ -94,8 +94,8 @@ def product(left: Tensor, right: Tensor, out: Tensor) -> Tensor:
     return torch.mm(left, right, out=out) if left.dim() == 2 else torch.bmm(left, right, out=out)
 
 
-def softmax_(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension, in place where that is known to work. Only what is returned is of use."""
+def softmax_reusing(scores: Tensor) -> Tensor:
+    """Softmax over the last dimension, in the scores' own memory where that is known to work: they are lost."""
     return torch.softmax(scores, -1, out=scores) if scores.device.type == "cpu" else scores.softmax(-1)
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from squeezeheads.attention import AttentionRecord, check_comparable, check_rows, check_same_samples
+from squeezeheads.attention import AttentionRecord, check_comparable, check_rows, check_same_samples, compute_dtype
 from squeezeheads.divergence.reference import reference_divergence
 from squeezeheads.divergence.tiled import tiled_divergence
 from squeezeheads.extras import needs_triton
@@ -75,7 +75,7 @@ def attention_divergence(
             f"{student_record.name!r} and teacher {teacher_record.name!r}."
         )
     weights = check_rows(rows, student_record)
-    mix = mix.detach()
+    mix = mix.detach().to(compute_dtype(student_record.query))
     mix = mix / mix.sum(-1, keepdim=True)  # rounded weights (bf16) would leave P short of 1
     with torch.autocast(student_record.query.device.type, enabled=False):
         return _implementation(name)(student_record, teacher_record, mix, weights, temperature, reduction)

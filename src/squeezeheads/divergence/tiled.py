@@ -21,7 +21,7 @@ from torch import Tensor
 from squeezeheads.attention import NEGATIVE, AttentionRecord, compute_dtype, head_index
 from squeezeheads.tile_gradients import ScoreGradients, multiplied
 from squeezeheads.tiled_maps import TiledMaps
-from squeezeheads.tiling import Workspace, cut, merge, product, softmax_, tiles
+from squeezeheads.tiling import Workspace, cut, merge, product, softmax_reusing, tiles
 
 KEPT_BYTES = 32 * 2**20
 """Of one group's maps that stay between finding its weights and the loss: reading them back from there is cheaper than
@@ -144,7 +144,7 @@ class _RowDivergence(torch.autograd.Function):
 
 
 def _gradients(problem: _Problem, wanted: Sequence[bool]) -> ScoreGradients:
-    """Zeros for those of the student's query, key and mask whose gradients autograd asks for."""
+    """Room for those of the student's query, key and mask whose gradients autograd asks for."""
     return ScoreGradients(
         problem.student, query=wanted[0], key=wanted[1], mask=wanted[2], temperature=problem.temperature
     )
@@ -178,7 +178,7 @@ class _Sweep:
         batch, _, queries, _ = student.query.shape
         with torch.no_grad(), torch.autocast(student.query.device.type, enabled=False):
             for heads, serving in _head_blocks(problem):
-                # Teacher maps, the student's scores and map, and the ratio of both maps live at the same time.
+                # Counted generously: the student's map lies where its scores were, the log ratio often in a map.
                 row_bytes = 4 * student.num_keys * (len(serving) + 4 * len(heads))
                 device, most = student.query.device, problem.tile_bytes
                 # The last rows see the most keys: the workspace grows once.
@@ -229,12 +229,15 @@ class _Sweep:
         return rows.stop - rows.start, keys.stop - keys.start
 
 
+_LEAST_SHARE = 1 / 16
+
+
 class _Block:
     """Some student heads and the teacher heads that serve them, in a pass. All samples and heads lie in one dimension
     ``N = B·s``; a tile has no such dimension where it is of one sample and one head (``squeezeheads.tiling.cut``).
 
     Attributes:
-        mix: (B, s, t).
+        mix: (B, s, t), rows sum to 1.
         query: (N, Q, D), times ``scale / temperature``; ``key``: (N, K, D).
         taught: the maps of the teacher heads.
         divergence: (N, Q, 1); ``valid``: the same, ``None`` where all rows are.
@@ -250,8 +253,15 @@ class _Block:
         self.query = merge(problem.student.query_tile(everything, heads, everything, problem.temperature))
         self.key = merge(problem.student.key_tile(everything, heads, everything))
         self.taught = taught
-        shape = (*sweep.divergence[:, self.index].shape, 1)
-        self.divergence = merge(sweep.divergence.new_empty(shape))
+        # Mixed in one step, which takes one share as what the other leaves: too coarse for a small one.
+        self.between_two = (
+            len(heads) == 1
+            and len(serving) == 2
+            and self.mix.device.type == "cpu"  # elsewhere reading the shares would make the device wait
+            and bool((self.mix >= _LEAST_SHARE).all())
+        )
+        shape = (len(self.mix), len(heads), problem.student.num_queries, 1)
+        self.divergence = merge(torch.empty(shape, dtype=sweep.dtype, device=self.mix.device))
         self.valid = None if sweep.valid is None else torch.empty_like(self.divergence)
         given, factors = problem.rows, sweep.factors
         self.weights = None if given is None else merge(given.to(sweep.dtype)[:, None, :, None].expand(shape))
@@ -294,7 +304,7 @@ class _Block:
         # One softmax serves the map and the log-normaliser: the largest entry of a row is exp(0) / normaliser. (torch's
         # exp and log are many times slower than its softmax where numbers are subnormal.)
         top = scores.amax(-1, keepdim=True)
-        student_map = softmax_(scores)
+        student_map = softmax_reusing(scores)
         log_ratio.add_(top.sub_(student_map.amax(-1, keepdim=True).log_()))
         torch.sum(log_ratio.mul_(squeezed), -1, keepdim=True, out=cut(self.divergence, these, rows))
 
@@ -332,7 +342,7 @@ class _Block:
             # In place and head by head: cheaper than a product with one row.
             shares = mix[0, 0].unbind(0) if len(mix) == 1 else mix[:, 0, :, None, None].unbind(1)
             mixed, *others = (maps.to(dtype) for maps in self.taught.each_head(samples, rows))
-            if len(others) == 1:  # shares sum to 1
+            if self.between_two:
                 return mixed.lerp_(others[0], shares[1]), others[0]
             mixed.mul_(shares[0])
             for maps, share in zip(others, shares[1:], strict=True):
