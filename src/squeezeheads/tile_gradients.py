@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from squeezeheads.attention import AttentionRecord, compute_dtype, expand_to_four, head_index
-from squeezeheads.tiling import cut
+from squeezeheads.tiling import cut, merge
 
 
 class ScoreGradients:
@@ -33,9 +33,8 @@ class ScoreGradients:
         self.query = torch.empty(record.query.shape, **where) if query else None  # each row is written once
         self.key = torch.zeros(record.key.shape, **where) if key else None
         self.mask = torch.zeros(learned.shape, **where) if learned is not None else None
-        # Of each head, (B, Q, D) and (B, K, D).
-        self._of_query = () if self.query is None else self.query.unbind(1)
-        self._of_key = () if self.key is None else self.key.unbind(1)
+        self._of_query = _by_head(self.query)
+        self._of_key = _by_head(self.key)
 
     def add(
         self,
@@ -89,6 +88,11 @@ class ScoreGradients:
         """The dtypes in which autograd expects them, by query, key and mask; ``None`` where not wanted."""
         kept = (self.query, self.key, self.mask)
         return [t.dtype if g is not None and t is not None else None for t, g in zip(inputs, kept, strict=True)]
+
+
+def _by_head(gradient: Tensor | None) -> list[Tensor]:
+    """Of (B, H, L, D) each head's (B, L, D), or (L, D) where there is one sample."""
+    return [] if gradient is None else [merge(gradient[:, h : h + 1]) for h in range(gradient.shape[1])]
 
 
 def _of_head(tensor: Tensor, index: int, heads: int) -> Tensor:

@@ -29,7 +29,8 @@ making them again."""
 
 Tiles = Sequence[tuple[slice, slice]]
 Weigh = Callable[[Sequence[int], TiledMaps, Tiles, Workspace], Tensor]
-"""(group, its maps, the tiles to look at, memory to use) → (B, k) weights of the group's heads."""
+"""(group, its maps, the tiles to look at, memory to use) → (B, k) weights of the group's heads. Runs in inference mode:
+what it makes is not for autograd."""
 
 
 def tiled_divergence(
@@ -176,7 +177,8 @@ class _Sweep:
     def run(self) -> None:
         problem, student = self.problem, self.problem.student
         batch, _, queries, _ = student.query.shape
-        with torch.no_grad(), torch.autocast(student.query.device.type, enabled=False):
+        # Gradients and sums are ordinary tensors, made outside. What is made inside needs no autograd's bookkeeping.
+        with torch.inference_mode(), torch.autocast(student.query.device.type, enabled=False):
             for heads, serving in _head_blocks(problem):
                 # Counted generously: the student's map lies where its scores were, the log ratio often in a map.
                 row_bytes = 4 * student.num_keys * (len(serving) + 4 * len(heads))
@@ -253,6 +255,7 @@ class _Block:
         self.query = merge(problem.student.query_tile(everything, heads, everything, problem.temperature))
         self.key = merge(problem.student.key_tile(everything, heads, everything))
         self.taught = taught
+        self._shares: dict[int, tuple[Tensor, ...]] = {}
         # Mixed in one step, which takes one share as what the other leaves: too coarse for a small one.
         self.between_two = (
             len(heads) == 1
@@ -335,13 +338,13 @@ class _Block:
         """(n, r, K): the teacher's maps, mixed, on the keys that its rows can reach; a row without any is for the
         common support to take out. And memory of the same shape that is free now, if there is any: the fewer places a
         tile uses, the more of it stays in the cache."""
-        mix, dtype = self.mix, self.sweep.dtype
-        if samples.stop - samples.start != len(mix):
-            mix = mix[samples]
-        if mix.shape[1] == 1:
+        dtype = self.sweep.dtype
+        if len(self.heads) == 1:
             # In place and head by head: cheaper than a product with one row.
-            shares = mix[0, 0].unbind(0) if len(mix) == 1 else mix[:, 0, :, None, None].unbind(1)
-            mixed, *others = (maps.to(dtype) for maps in self.taught.each_head(samples, rows))
+            shares = self._shares_of(samples)
+            mixed, *others = self.taught.each_head(samples, rows)
+            if mixed.dtype != dtype:
+                mixed, others = mixed.to(dtype), [maps.to(dtype) for maps in others]
             if self.between_two:
                 return mixed.lerp_(others[0], shares[1]), others[0]
             mixed.mul_(shares[0])
@@ -349,10 +352,17 @@ class _Block:
                 mixed.addcmul_(maps, share)
             return mixed, others[0] if others else None
         maps = self.taught.tile(samples, rows).to(dtype)
-        number, heads = len(maps), mix.shape[1]
+        number, heads = len(maps), len(self.heads)
         mixed = self.sweep.workspace.take("squeezed", (number, heads, *maps.shape[2:]), dtype)
-        torch.bmm(mix, maps.flatten(2), out=mixed.view(number, heads, -1))
+        torch.bmm(self.mix[samples], maps.flatten(2), out=mixed.view(number, heads, -1))
         return mixed.view(number * heads, *maps.shape[2:]), None
+
+    def _shares_of(self, samples: slice) -> tuple[Tensor, ...]:
+        """Of each teacher head what the one student head takes, for ``TiledMaps.each_head``."""
+        if samples.start not in self._shares:
+            mix = self.mix[samples, 0]
+            self._shares[samples.start] = mix[0].unbind(0) if len(mix) == 1 else mix[..., None, None].unbind(1)
+        return self._shares[samples.start]
 
     def _common_mask(self, for_student: Tensor | None, samples: slice, rows: slice, keys: slice) -> Tensor | None:
         """Keys that the masks of the student and of a serving teacher head allow; ``None`` where that is all of
