@@ -176,6 +176,7 @@ def test_twenty_random_kills(tmp_path, starter):
     print(f"4 models and {losses} logged losses of the students equal the undisturbed run's, bit for bit")
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_said_and_costs_nothing(tmp_path, small, starter):
     """Files as large as a model and no larger: the optimiser's state does not fit. It is the system's own error."""
     path, whole, _ = small

@@ -200,6 +200,7 @@ def pretrained_overrides(tmp_path: Path) -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_shipped_recipe_is_planned_in_little_memory(tmp_path):
     recipes = pretrained_overrides(tmp_path)
     assert len(recipes) == 16
