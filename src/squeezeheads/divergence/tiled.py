@@ -232,6 +232,8 @@ class _Sweep:
 
 
 _LEAST_SHARE = 1 / 16
+"""Of a head, for two to be mixed in one step: the step takes one share as what the other leaves of 1, which is rounded
+off where it is small."""
 
 
 class _Block:
@@ -256,8 +258,7 @@ class _Block:
         self.key = merge(problem.student.key_tile(everything, heads, everything))
         self.taught = taught
         self._shares: dict[int, tuple[Tensor, ...]] = {}
-        # Mixed in one step, which takes one share as what the other leaves: too coarse for a small one.
-        self.between_two = (
+        self._in_one_step = (
             len(heads) == 1
             and len(serving) == 2
             and self.mix.device.type == "cpu"  # elsewhere reading the shares would make the device wait
@@ -345,7 +346,7 @@ class _Block:
             mixed, *others = self.taught.each_head(samples, rows)
             if mixed.dtype != dtype:
                 mixed, others = mixed.to(dtype), [maps.to(dtype) for maps in others]
-            if self.between_two:
+            if self._in_one_step:
                 return mixed.lerp_(others[0], shares[1]), others[0]
             mixed.mul_(shares[0])
             for maps, share in zip(others, shares[1:], strict=True):
